@@ -1,0 +1,144 @@
+"""Mixture of experts: a sigmoid router with a correction bias, non-gated experts, optional latent projections.
+
+LatentMoE (arXiv 2601.18089) lets the routed experts read and write R < D channels: one projection down before
+them, one up after. The router and the shared expert keep the full width D.
+
+Legend: layers/__init__.py.  Matches transformers ``NemotronHTopkRouter``, ``NemotronHExperts`` and ``NemotronHMoE``.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import HybridConfig
+from .mlp import MLP, relu2
+from .norm import at_least_float32
+
+
+def route(
+    x_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, top_k: int, scale: float, normalise: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose K experts a token.
+
+    ``score = sigmoid(x W^T)``; the K largest ``score + bias`` are chosen; their weights are the scores *without*
+    the bias, divided by their sum, times ``scale``. So the bias moves tokens between experts and never enters the
+    output (Wang et al. 2024, arXiv 2408.15664).
+
+    Returns experts_TK (int64), weights_TK and scores_TE, both at least float32.
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):  # scores in bfloat16 would reorder close experts
+        scores_TE = F.linear(at_least_float32(x_TD), at_least_float32(gate_ED)).sigmoid()
+    experts_TK = (scores_TE.detach() + bias_E).topk(top_k, dim=-1, sorted=False).indices
+    weights_TK = scores_TE.gather(-1, experts_TK)
+    if normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return experts_TK, weights_TK * scale, scores_TE
+
+
+def experts_loop(x_TR: Tensor, up_EFR: Tensor, down_ERF: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The definition: ``y_t = sum_k weight_tk * W_down[e_tk] relu(W_up[e_tk] x_t)^2``, expert after expert.
+
+    Returns y_TR in the dtype of x.
+    """
+    y_TR = torch.zeros_like(x_TR, dtype=torch.promote_types(x_TR.dtype, weights_TK.dtype))
+    for e in range(up_EFR.shape[0]):
+        token_I, slot_I = (experts_TK == e).nonzero(as_tuple=True)
+        out_IR = F.linear(relu2(F.linear(x_TR[token_I], up_EFR[e])), down_ERF[e])
+        y_TR = y_TR.index_add(0, token_I, out_IR * weights_TK[token_I, slot_I, None])
+    return y_TR.to(x_TR.dtype)
+
+
+def experts_grouped(x_TR: Tensor, up_EFR: Tensor, down_ERF: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The fast form of :func:`experts_loop`: sort the choices by expert, then multiply each expert's run of rows.
+
+    Only experts that were chosen are read, so a single token costs K experts and not E.
+    """
+    T, K = experts_TK.shape
+    choice_TK = experts_TK.flatten()
+    order = choice_TK.argsort(stable=True)
+    token = order // K
+    # index_select, because its backward is one fast index_add
+    rows = _multiply_runs(x_TR.index_select(0, token), up_EFR, down_ERF, choice_TK)
+    rows = rows * weights_TK.flatten().index_select(0, order)[:, None]
+    return rows.new_zeros(T, x_TR.shape[1]).index_add(0, token, rows).to(x_TR.dtype)
+
+
+def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, choice_M: Tensor) -> Tensor:
+    """Each run of rows through its own expert: one grouped matmul a projection where the build has it."""
+    counts_E = torch.bincount(choice_M, minlength=up_EFR.shape[0])
+    if _has_grouped_mm(rows_MR) and len(rows_MR) > up_EFR.shape[0]:
+        ends_E = counts_E.cumsum(0).int()
+        hidden = relu2(F.grouped_mm(rows_MR, up_EFR.mT, offs=ends_E))
+        return F.grouped_mm(hidden, down_ERF.mT, offs=ends_E)
+    counts = counts_E.tolist()
+    runs = [
+        F.linear(relu2(F.linear(run, up_EFR[e])), down_ERF[e])
+        for e, run in enumerate(rows_MR.split(counts)) if counts[e]
+    ]
+    return torch.cat(runs)
+
+
+def _has_grouped_mm(x: Tensor) -> bool:
+    # torch's CPU kernel takes float32 and bfloat16, its CUDA kernel bfloat16 on recent cards
+    if not hasattr(F, "grouped_mm"):
+        return False
+    if x.device.type == "cpu":
+        return x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.bfloat16 and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+class Router(nn.Module):
+    """Weights of :func:`route`. The correction bias is a buffer: it is set by counting, not by gradient."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.normalise = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def _apply(self, fn, recurse: bool = True) -> "Router":
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype.itemsize < 4:  # a bias in bfloat16 would reorder close experts
+            self.e_score_correction_bias = bias_E.to(self.e_score_correction_bias.device)
+        return self
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return route(x_TD, self.weight, self.e_score_correction_bias, self.top_k, self.scale, self.normalise)
+
+
+class Experts(nn.Module):
+    """Stacked weights of the routed experts: up_proj [E, F, R], down_proj [E, R, F]."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        E, F_, R = config.n_routed_experts, config.moe_intermediate_size, config.expert_input_size
+        self.up_proj = nn.Parameter(torch.empty(E, F_, R))
+        self.down_proj = nn.Parameter(torch.empty(E, R, F_))
+
+    def forward(self, x_TR: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return experts_grouped(x_TR, self.up_proj, self.down_proj, experts_TK, weights_TK)
+
+
+class MoE(nn.Module):
+    """``y = W_up_latent(experts(W_down_latent x)) + shared_expert(x)``. Shapes: [B, L, D] -> [B, L, D].
+
+    The combine weights are applied before the projection up, so it runs once a token, not once a choice.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        d, latent = config.hidden_size, config.moe_latent_size
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(d, config.moe_shared_expert_intermediate_size)
+        self.fc1_latent_proj = nn.Linear(d, latent, bias=False) if latent else nn.Identity()
+        self.fc2_latent_proj = nn.Linear(latent, d, bias=False) if latent else nn.Identity()
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_TD = x_BLD.flatten(0, 1)
+        experts_TK, weights_TK, _ = self.gate(x_TD)
+        routed_TR = self.experts(self.fc1_latent_proj(x_TD), experts_TK, weights_TK)
+        return (self.fc2_latent_proj(routed_TR) + self.shared_experts(x_TD)).view_as(x_BLD)

@@ -1,0 +1,61 @@
+"""RMSNorm, and the gated form that Mamba-2 ends with.
+
+RMSNorm divides a vector by its root mean square; unlike LayerNorm it subtracts no mean (Zhang & Sennrich 2019,
+eq. 4). Matches transformers ``NemotronHRMSNorm`` and ``NemotronHRMSNormGated``.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it already was: the dtype of everything that sums or exponentiates."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """``y = weight * x / sqrt(mean(x^2) + eps)`` over the last axis.
+
+    Shapes: [..., D] -> [..., D], dtype of x; computed in at least float32, weight included.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        return F.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Mean-subtracting norm with a weight and no bias. Only for comparing MTP drafts with llama.cpp."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__(size, eps=eps, bias=False)
+
+
+def gated_rms_norm(y_BLI: Tensor, gate_BLI: Tensor, weight_I: Tensor, groups: int, eps: float) -> Tensor:
+    """``weight * rmsnorm_per_group(y * silu(gate))``.
+
+    The gate comes first, then each of the G groups of I/G channels is normalised by itself: one RMS over the
+    whole inner width would be another model. Result in at least float32 (I = inner width, H * P).
+    """
+    y = at_least_float32(y_BLI) * F.silu(at_least_float32(gate_BLI))
+    y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2)
+    return y * weight_I
+
+
+class GatedRMSNorm(nn.Module):
+    """Weight of :func:`gated_rms_norm`. Shapes: [B, L, I], [B, L, I] -> [B, L, I]."""
+
+    def __init__(self, size: int, groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, y_BLI: Tensor, gate_BLI: Tensor) -> Tensor:
+        return gated_rms_norm(y_BLI, gate_BLI, self.weight, self.groups, self.eps)

@@ -1,0 +1,29 @@
+"""Which sizes a chapter runs at: ``ci`` (seconds), ``cpu`` (a laptop), ``gpu`` (a 12 GB card). Imports no torch
+unless nobody has said, and then only to ask for CUDA."""
+from __future__ import annotations
+
+import os
+
+PROFILES = ("ci", "cpu", "gpu")
+
+
+def profile() -> str:
+    """The run profile's name.
+
+    ``MINIMOE_PROFILE`` decides if set; else ``CI`` gives "ci"; else "gpu" with CUDA and "cpu" without.
+
+    Raises
+    ------
+    ValueError
+        if MINIMOE_PROFILE is set to an unknown name.
+    """
+    name = os.environ.get("MINIMOE_PROFILE", "").strip()
+    if name:
+        if name not in PROFILES:
+            raise ValueError(f"MINIMOE_PROFILE={name!r} is unknown; set it to one of {', '.join(PROFILES)} or unset it")
+        return name
+    if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
+        return "ci"
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
