@@ -39,6 +39,22 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
+def _is_of_type(value: object, annotation: str) -> bool:
+    """Whether a value fits a field's annotation; a whole number is a float too, a truth value is no number."""
+    words = annotation.split(" | ")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        value is None and "None" in words
+        or isinstance(value, bool) and "bool" in words
+        or isinstance(value, str) and "str" in words
+        or number and "float" in words
+        or number and isinstance(value, int) and "int" in words
+        or isinstance(value, tuple) and "tuple[float, float]" in words
+        and len(value) == 2 and all(_is_of_type(v, "float") for v in value)
+        or isinstance(value, tuple) and "tuple[int, ...]" in words and all(_is_of_type(v, "int") for v in value)
+    )
+
+
 def _fail(field: str, value: object, rule: str) -> None:
     raise ConfigError(f"{field}={value!r}: {rule}")
 
@@ -139,11 +155,15 @@ class HybridConfig:
 
     # ------------------------------------------------------------------ checks
     def __post_init__(self) -> None:
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        object.__setattr__(self, "time_step_limit", tuple(float(t) for t in self.time_step_limit))
+        for field in ("eos_token_id", "time_step_limit"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_of_type(value, field.type):
+                _fail(field.name, value, f"must be of type {field.type}")
         pattern, mtp = self.hybrid_override_pattern, self.mtp_hybrid_override_pattern
-        if not isinstance(pattern, str) or not pattern:
+        if not pattern:
             _fail("hybrid_override_pattern", pattern, "needs at least one layer, for example 'MEM*E'")
         self._check_letters("hybrid_override_pattern", pattern)
         if self.num_nextn_predict_layers not in (0, 1):
@@ -177,7 +197,7 @@ class HybridConfig:
     def _positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            if value is None or value <= 0:
                 _fail(field, value, "must be a whole number above 0")
 
     def _check_attention(self) -> None:
@@ -195,6 +215,8 @@ class HybridConfig:
         low, high = self.time_step_limit
         if not 0 <= low < high:
             _fail("time_step_limit", self.time_step_limit, "must be (low, high) with 0 <= low < high")
+        if not self.time_step_floor >= 0:
+            _fail("time_step_floor", self.time_step_floor, "must be 0 or above")
         if not 0 < self.time_step_min <= self.time_step_max:
             _fail("time_step_min", self.time_step_min, f"must be above 0 and at most time_step_max={self.time_step_max}")
 
@@ -240,12 +262,14 @@ class HybridConfig:
             if field in config and config[field] != value:
                 _fail(field, config[field], f"must be {value!r}: Nemotron-H has no other form")
         if config.get("hybrid_override_pattern") is None:
-            kinds = config.get("layers_block_type") or config.get("layer_types")
-            if kinds is None:
+            kinds = config.get("layers_block_type", config.get("layer_types"))
+            if not isinstance(kinds, list):
                 raise ConfigError("the config has neither hybrid_override_pattern nor layers_block_type: not a Nemotron-H config")
             config["hybrid_override_pattern"] = pattern_from_kinds(kinds)
         if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
             config["mtp_hybrid_override_pattern"] = pattern_from_kinds(config["mtp_layers_block_type"], "mtp_layers_block_type")
+        if not isinstance(config["hybrid_override_pattern"], str):
+            _fail("hybrid_override_pattern", config["hybrid_override_pattern"], "must be a text such as 'MEM*E'")
         declared = config.get("num_hidden_layers")
         if declared is not None and declared != len(config["hybrid_override_pattern"]):
             _fail("num_hidden_layers", declared, f"the pattern has {len(config['hybrid_override_pattern'])} letters")

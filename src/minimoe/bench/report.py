@@ -1,0 +1,56 @@
+"""Measurements as files: numbers with the machine, the versions and the commit that made them."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .device import describe
+
+
+def write_result(path: str | os.PathLike[str], numbers: dict[str, Any], wall_s: float) -> Path:
+    """Write ``numbers`` as JSON with where they come from; the file appears whole or not at all.
+
+    wall_s is the wall time of the whole experiment in seconds. Returns the path.
+    """
+    path = Path(path)
+    record = {"experiment": path.stem, "machine": describe(), "commit": commit(), "wall_s": round(wall_s, 1)}
+    text = json.dumps(record | {"numbers": numbers}, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A result file's content.
+
+    Raises FileNotFoundError with the command that makes it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python experiments/{path.stem}.py`, or check out the repository whole")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def commit() -> str:
+    """The commit of the code, with "+changes" if the tree differs; "unknown" outside a git checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # result files themselves do not count: they are what a run writes
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/experiments", ":/benchmarks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

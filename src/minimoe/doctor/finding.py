@@ -1,0 +1,19 @@
+"""One thing that the doctor found."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PIP = "python -m pip install"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``level``: "ok", "note" (optional) or "fix" (the book cannot run without); ``command`` mends it."""
+
+    level: str
+    topic: str
+    text: str
+    command: str = ""
+
+    def line(self) -> str:
+        return f"{self.level:<5}{self.topic}: {self.text}" + (f" -> {self.command}" if self.command else "")
