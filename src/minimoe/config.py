@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 BLOCK_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 _LETTERS = {kind: letter for letter, kind in BLOCK_KINDS.items()} | {"mamba": "M", "attention": "*"}
