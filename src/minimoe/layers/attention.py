@@ -75,7 +75,12 @@ class Attention(nn.Module):
         fresh = max(span.past) == 0 and span.first_key_BL is None
         last = L == 1 and len(set(span.past)) == 1 and span.first_key_BL is None
         mask = None if fresh or last else causal_mask(span, L, keys, x_BLD.device)[:, None]
-        y_BHLP = F.scaled_dot_product_attention(
-            q_BHLP, k_BGSP, v_BGSP, attn_mask=mask, is_causal=fresh and L > 1, enable_gqa=True
-        )
+        if L == 1:
+            # The queries that share a key head become rows of one product, so that a CPU reads each key once.
+            q_BGJP = q_BHLP.view(B, k_BGSP.shape[1], -1, self.head_dim)
+            y_BHLP = F.scaled_dot_product_attention(q_BGJP, k_BGSP, v_BGSP, attn_mask=mask).view_as(q_BHLP)
+        else:
+            y_BHLP = F.scaled_dot_product_attention(
+                q_BHLP, k_BGSP, v_BGSP, attn_mask=mask, is_causal=fresh, enable_gqa=True
+            )
         return self.o_proj(y_BHLP.transpose(1, 2).flatten(2)), state
