@@ -4,6 +4,7 @@ The module is not called generate.py: a submodule of that name would replace the
 """
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -127,8 +128,9 @@ def pick(logits_V: Tensor, temperature: float, top_p: float, top_k: int, generat
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
     probabilities = values.softmax(0)
-    before = probabilities.cumsum(0) - probabilities  # the token that reaches p is still in
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    if top_p < 1:
+        before = probabilities.cumsum(0) - probabilities  # the token that reaches p is still in
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -144,7 +146,11 @@ def _check(
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
     if top_k < 0:
         raise ValueError(f"top_k={top_k}: must be 0 (no limit) or above")
-    rows = [[int(i) for i in row] for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    if any(isinstance(row, int) for row in prompts):
+        raise ValueError("prompts is one row of ids; wrap it in a list: [[1, 2, 3]]")
+    rows = [[int(i) for i in row] for row in prompts]
     if not rows:
         raise ValueError("there is no prompt: give at least one row of token ids")
     config = model.config
@@ -159,7 +165,17 @@ def _check(
             raise ValueError(f"prompt {r} has {len(row)} tokens and the declared context holds "
                              f"{config.max_position_embeddings} with the answer; shorten the prompt, or raise "
                              "max_position_embeddings in the config")
-    stops = [[s] if isinstance(s, int) else [int(i) for i in s] for s in stop] + [[i] for i in config.eos_token_ids]
+    try:
+        stops = [_sequence(s) for s in stop] + [[i] for i in config.eos_token_ids]
+    except TypeError:
+        raise ValueError(f"stop={stop!r}: must be a list of ids and id lists") from None
     if any(not s for s in stops):
         raise ValueError("stop holds an empty sequence: remove it")
     return rows, stops
+
+
+def _sequence(ids: int | Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(ids)]  # a plain number, numpy's or a tensor's
+    except TypeError:
+        return [operator.index(i) for i in ids]

@@ -148,8 +148,8 @@ class HybridLM(nn.Module):
             targets = targets.masked_fill(~span.valid_BL, -100)
         hidden_BLD, _ = self.model(ids, (None,) * len(self.model.layers), span)
         hidden_TD, targets_T = hidden_BLD.flatten(0, 1), targets.flatten()
-        rows = max(1, MAX_LOGIT_BYTES // (4 * self.config.vocab_size))
-        total = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        total = at_least_float32(hidden_TD.new_zeros(()))
+        rows = max(1, MAX_LOGIT_BYTES // (total.element_size() * self.config.vocab_size))
         for h_TD, t_T in zip(hidden_TD.split(rows), targets_T.split(rows)):
             if torch.is_grad_enabled() and len(hidden_TD) > rows:
                 total = total + checkpoint(self._loss_sum, h_TD, t_T, use_reentrant=False)

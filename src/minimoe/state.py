@@ -86,15 +86,16 @@ class KVState:
 def append_kv(state: KVState | None, k_BHLP: Tensor, v_BHLP: Tensor, span: Span) -> KVState:
     """Write the call's keys and values behind those of ``state``.
 
-    In place if ``state`` is the newest of its buffer, the buffer has room and no gradient is wanted; else into a
-    larger copy. Amortised cost: a constant number of bytes per token.
+    In place if ``state`` is the newest of its buffer, the buffer has room and gradients are switched off; else into
+    a larger copy. Amortised cost of the first: a constant number of bytes per token.
     """
+    graph = torch.is_grad_enabled()
     if state is None:
-        return KVState(_Buffer(k_BHLP, v_BHLP, span.lengths), span.lengths)
+        return KVState(_Buffer(k_BHLP, v_BHLP, () if graph else span.lengths), span.lengths)
     buffer, L = state.buffer, k_BHLP.shape[2]
     needed = max(span.past) + L
-    graph = torch.is_grad_enabled() and (k_BHLP.requires_grad or buffer.k.requires_grad)
-    if graph or buffer.written != state.lengths or buffer.capacity < needed:
+    foreign = buffer.k.is_inference() != torch.is_inference_mode_enabled()
+    if graph or foreign or buffer.written != state.lengths or buffer.capacity < needed:
         # Autograd remembers what it read, so a graph's buffer has no room to spare: nobody writes into it.
         room = needed if graph else needed + max(64, needed // 4)
         buffer = _Buffer(_grown(state.k, room), _grown(state.v, room), state.lengths)
@@ -107,7 +108,7 @@ def append_kv(state: KVState | None, k_BHLP: Tensor, v_BHLP: Tensor, span: Span)
         index = at_BL[:, None, :, None].expand_as(k_BHLP)
         buffer.k.scatter_(2, index, k_BHLP.to(buffer.k.dtype))
         buffer.v.scatter_(2, index, v_BHLP.to(buffer.v.dtype))
-    buffer.written = span.total
+    buffer.written = () if graph else span.total  # what a graph may have read is never written again
     return KVState(buffer, span.total)
 
 
@@ -181,6 +182,8 @@ class HybridState:
     def select(self, rows: Sequence[int]) -> "HybridState":
         """The given rows, in the given order; a row may be repeated."""
         rows = [int(r) for r in rows]
+        if not rows:
+            raise IndexError("select needs at least one row")
         wrong = [r for r in rows if not 0 <= r < len(self.lengths)]
         if wrong:
             raise IndexError(f"row {wrong[0]} is not in a state of {len(self.lengths)} rows")

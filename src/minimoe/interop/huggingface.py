@@ -80,11 +80,13 @@ def save_hf(model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any =
 
     Raises CheckpointError if transformers could not compute the same, or if the directory holds other files.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     config = model.config
     if config.time_step_limit != (0.0, float("inf")):
         raise CheckpointError(f"time_step_limit={config.time_step_limit}: transformers ignores this field; "
                               "only (0, inf) computes alike there")
+    if "E" in config.hybrid_override_pattern and config.n_routed_experts == 1:
+        raise CheckpointError("n_routed_experts=1: transformers' router needs at least 2; use a dense block ('-') instead")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -93,7 +95,8 @@ def save_hf(model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any =
         (fresh / CONFIG).write_text(json.dumps(_config_for_transformers(model), indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             getattr(tokenizer, "save_pretrained", getattr(tokenizer, "save", None))(str(fresh))
-        fresh.chmod(0o755)  # mkdtemp makes it private
+        fresh.chmod(0o755)  # mkdtemp makes it private, and save_file its file
+        (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode & 0o777)
         _swap(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -108,8 +111,10 @@ def _config_for_transformers(model: HybridLM) -> dict[str, Any]:
         "minimoe_time_step_min": config.time_step_min,
         "time_step_min": 0.0,
     }
-    # transformers' field types refuse None and 0 where a kind of block is absent; leaving them out is the same
-    return {key: value for key, value in fields.items() if value is not None and value != 0 or key == "time_step_min"}
+    # transformers' field types refuse None and 0 for sizes of blocks that are absent; leaving those out is the same
+    absent = ("moe_latent_size", "intermediate_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+              "moe_shared_expert_intermediate_size")
+    return {key: value for key, value in fields.items() if value or key not in absent}
 
 
 def _swap(fresh: Path, directory: Path) -> None:
@@ -122,7 +127,11 @@ def _swap(fresh: Path, directory: Path) -> None:
         raise CheckpointError(f"{directory} holds other files ({others[0]}); choose a new or an empty directory")
     old = directory.with_name(f".{directory.name}-{os.getpid()}-old")
     directory.rename(old)
-    fresh.rename(directory)
+    try:
+        fresh.rename(directory)
+    except BaseException:
+        old.rename(directory)
+        raise
     shutil.rmtree(old)
 
 
@@ -175,7 +184,7 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Reader]:
     files = [WEIGHTS]
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted({os.fspath(f) for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not a safetensors index; fetch it again") from None
     stored: dict[str, Reader] = {}
@@ -214,7 +223,8 @@ def _read(
                                   f"config asks for {tuple(shape)}; config.json and weights are of different models")
         taken.add(key)
         target = torch.promote_types(dtype or tensor.dtype, torch.float32) if bias else dtype
-        return tensor.to(device=device, dtype=target)
+        # a copy, as the tensor is a view of the mapped file, which somebody may overwrite
+        return tensor.to(device=device, dtype=target, copy=True)
 
     if source in stored:
         return convert(source, meta.shape)

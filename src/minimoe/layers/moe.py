@@ -27,7 +27,8 @@ def route(
 
     Returns experts_TK (int64), weights_TK and scores_TE, both at least float32.
     """
-    with torch.autocast(x_TD.device.type, enabled=False):  # scores in bfloat16 would reorder close experts
+    device = "cpu" if x_TD.is_meta else x_TD.device.type
+    with torch.autocast(device, enabled=False):  # scores in bfloat16 would reorder close experts
         scores_TE = F.linear(at_least_float32(x_TD), at_least_float32(gate_ED)).sigmoid()
     experts_TK = (scores_TE.detach() + bias_E).topk(top_k, dim=-1, sorted=False).indices
     weights_TK = scores_TE.gather(-1, experts_TK)
@@ -67,7 +68,10 @@ def experts_grouped(x_TR: Tensor, up_EFR: Tensor, down_ERF: Tensor, experts_TK: 
 def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, choice_M: Tensor) -> Tensor:
     """Each run of rows through its own expert: one grouped matmul a projection where the build has it."""
     counts_E = torch.bincount(choice_M, minlength=up_EFR.shape[0])
-    if _has_grouped_mm(rows_MR) and len(rows_MR) > up_EFR.shape[0]:
+    if torch.is_autocast_enabled(rows_MR.device.type):  # grouped_mm is not on autocast's list
+        dtype = torch.get_autocast_dtype(rows_MR.device.type)
+        rows_MR, up_EFR, down_ERF = rows_MR.to(dtype), up_EFR.to(dtype), down_ERF.to(dtype)
+    if _has_grouped_mm(rows_MR, up_EFR) and len(rows_MR) > up_EFR.shape[0]:
         ends_E = counts_E.cumsum(0).int()
         hidden = relu2(F.grouped_mm(rows_MR, up_EFR.mT, offs=ends_E))
         return F.grouped_mm(hidden, down_ERF.mT, offs=ends_E)
@@ -79,7 +83,9 @@ def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, choice_M: 
     return torch.cat(runs)
 
 
-def _has_grouped_mm(x: Tensor) -> bool:
+def _has_grouped_mm(x: Tensor, up_EFR: Tensor) -> bool:
+    if any(width * x.element_size() % 16 for width in up_EFR.shape[1:]):  # its rows must begin at 16-byte borders
+        return False
     # torch's CPU kernel takes float32 and bfloat16, its CUDA kernel bfloat16 on recent cards
     if not hasattr(F, "grouped_mm"):
         return False
