@@ -322,11 +322,11 @@ def test_what_cannot_be_is_refused_in_one_line(model, prompts, settings, words):
 
 @pytest.mark.parametrize("stop", [5, [[5], "no"], [2.5]])
 def test_a_stop_that_is_no_list_of_ids_is_named(stop):
-    model = HybridLM(HybridConfig.preset("tiny"))
+    model = small_model()
     with pytest.raises(ValueError, match="must be a list of ids and id lists"):
         generate(model, [[1, 2]], max_new_tokens=1, stop=stop)
 
 
 def test_one_row_of_ids_is_told_to_be_wrapped():
     with pytest.raises(ValueError, match="wrap it in a list"):
-        generate(HybridLM(HybridConfig.preset("tiny")), [1, 2, 3], max_new_tokens=1)
+        generate(small_model(), [1, 2, 3], max_new_tokens=1)
