@@ -40,6 +40,12 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "None": "left out",
+    "tuple[float, float]": "two numbers", "tuple[int, ...]": "a list of whole numbers",
+}  # fmt: skip
+
+
 def _is_of_type(value: object, annotation: str) -> bool:
     """Whether a value fits a field's annotation; a whole number is a float too, a truth value is no number."""
     words = annotation.split(" | ")
@@ -63,7 +69,7 @@ def _fail(field: str, value: object, rule: str) -> None:
 def pattern_from_kinds(kinds: list[str], field: str = "layers_block_type") -> str:
     """``["linear_attention", "moe"]`` -> ``"ME"`` (also reads the older words "mamba" and "attention")."""
     for kind in kinds:
-        if kind not in _LETTERS:
+        if not isinstance(kind, str) or kind not in _LETTERS:
             _fail(field, kind, f"each entry must be one of {', '.join(_LETTERS)}")
     return "".join(_LETTERS[kind] for kind in kinds)
 
@@ -162,7 +168,7 @@ class HybridConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _is_of_type(value, field.type):
-                _fail(field.name, value, f"must be of type {field.type}")
+                _fail(field.name, value, "must be " + " or ".join(_KINDS[word] for word in field.type.split(" | ")))
         pattern, mtp = self.hybrid_override_pattern, self.mtp_hybrid_override_pattern
         if not pattern:
             _fail("hybrid_override_pattern", pattern, "needs at least one layer, for example 'MEM*E'")
