@@ -111,7 +111,7 @@ def test_user_mistakes_are_one_line(tmp_path, capsys):
         (b'{"hybrid_override_pattern": "M", "vocab_size": "8", "hidden_size": 8}', "vocab_size='8'"),
         (
             b'{"hybrid_override_pattern": "M", "vocab_size": 8, "hidden_size": 8, "time_step_limit": 1}',
-            "wrong type",
+            "time_step_limit=1: must be two numbers",
         ),
     ],
 )
