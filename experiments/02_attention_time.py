@@ -8,8 +8,10 @@ that a change of the machine's pace meets all of them), median with least and gr
 prefill   one call over L tokens, for the attention layer of the "small" preset and for that of Nemotron 3 Nano 30B;
           beside it the layer's floating-point operations at the machine's measured rate, and a fit a + b L + c L^2
 decode    the attention of one new token over L keys with Nano's heads (no projections), in two ways that give the
-          same numbers; beside them the bytes of keys and values at the machine's measured bandwidth
+          same numbers, and with as many key heads as query heads; beside them the bytes of the shared keys and
+          values at the machine's measured bandwidth
 
+          separate     a key head for each query head: nothing is shared
           enable_gqa   F.scaled_dot_product_attention with the query heads as they are
           folded       the query heads that share a key head as rows of one matrix
 """
@@ -102,7 +104,9 @@ def decode(config: HybridConfig, bytes_per_s: float) -> dict:
     H, G, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q_BHLP = torch.randn(1, H, 1, P)
     k_BGSP, v_BGSP = torch.randn(2, 1, G, max(POSITIONS), P)
+    own_BHSP = torch.randn(2, 1, H, max(POSITIONS), P)
     ways = {
+        "separate": lambda k, v: F.scaled_dot_product_attention(q_BHLP, *own_BHSP[:, :, :, : k.shape[2]]),
         "enable_gqa": lambda k, v: F.scaled_dot_product_attention(q_BHLP, k, v, enable_gqa=True),
         "folded": lambda k, v: F.scaled_dot_product_attention(q_BHLP.view(1, G, H // G, P), k, v),
     }
@@ -137,7 +141,7 @@ def main() -> None:
               f"({crossing[0]:,.0f} to {crossing[-1]:,.0f})")
         print("  ", [f"{n}: {s:.4f}/{p:.4f}" for n, s, p in zip(lengths, shape["seconds"], shape["predicted"])])
     numbers["decode"] = shape = decode(nano, rate["bytes_per_s"])
-    for way in ("enable_gqa", "folded"):
+    for way in ("separate", "enable_gqa", "folded"):
         print(f"one token, {way}: {shape[way]['fit'][1] * 1e6:.3f} ms per 1,000 tokens of context")
         print("  ", [f"{n}: {s * 1e3:.2f}/{p * 1e3:.2f}"
                      for n, s, p in zip(POSITIONS, shape[way]["seconds"], shape["predicted"])])
