@@ -6,6 +6,7 @@ import pytest
 
 from minimoe import doctor
 from minimoe.doctor import engines, packages
+from minimoe.doctor.finding import PIP
 
 CARD = {"name": "NVIDIA GeForce RTX 3060", "memory_bytes": 12 << 30, "driver": "550.54", "cuda": "12.4"}
 TORCH = {"version": "2.13.0+cu126", "cuda": "12.6", "available": True, "archs": ["sm_80", "sm_86", "sm_90"],
@@ -128,7 +129,7 @@ def test_torch(on_linux, found, cards, level, text, command):
 
 def test_macos_has_one_build_of_torch(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert engines.check_torch(None, []).command == "python -m pip install torch"
+    assert engines.check_torch(None, []).command == PIP + " torch"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_requirements(monkeypatch):
     }
     run, site, bnb = packages.check_packages(declared)
     assert (run.level, run.text) == ("fix", "missing or of another version: matplotlib, tqdm")
-    assert run.command == 'python -m pip install "matplotlib>=3.10" "tqdm>=4.66"'
+    assert run.command == PIP + ' "matplotlib>=3.10" "tqdm>=4.66"'
     assert (bnb.level, bnb.text) == ("ok", "bitsandbytes 0.50.2")
     assert packages.check_packages(declared | {"bnb": ["bitsandbytes>=0.51"]})[2].level == "note"
 

@@ -328,5 +328,16 @@ def test_a_stop_that_is_no_list_of_ids_is_named(stop):
 
 
 def test_one_row_of_ids_is_told_to_be_wrapped():
-    with pytest.raises(ValueError, match="wrap it in a list"):
+    with pytest.raises(ValueError, match="rows of whole-number ids"):
         generate(small_model(), [1, 2, 3], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("prompts", ["hello", ["123"], [[1.9, 2.2]]])
+def test_prompts_that_are_no_ids_are_named(prompts):
+    with pytest.raises(ValueError, match="rows of whole-number ids"):
+        generate(small_model(), prompts, max_new_tokens=1)
+
+
+def test_a_tiny_temperature_is_the_likeliest_token():
+    logits = torch.tensor([0.0, 3.0, 2.9])
+    assert pick(logits, 1e-42, 1.0, 0, None) == 1

@@ -185,7 +185,7 @@ def test_loss_never_holds_more_logits_than_the_limit(monkeypatch, dtype):
 
 
 def test_the_limit_is_64_megabytes():
-    assert module.MAX_LOGIT_BYTES == 64 * 2**20
+    assert module.MAX_LOGIT_BYTES == 64_000_000
 
 
 def test_logits_are_float32_or_float64():
@@ -376,3 +376,42 @@ def test_scrambled_weights_make_every_part_count():
                 p.zero_()
         assert error(broken(ids).logits, whole) > 0.01, layer
     assert error(scramble(copy.deepcopy(model), 1)(ids).logits, whole) > 0.1
+
+
+def test_reset_draws_every_weight_anew():
+    model = small_model(dtype=torch.float32)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7.0)
+    model.reset_parameters()
+    assert not any((tensor == 7).any() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@torch.no_grad()
+def test_a_state_that_is_none_of_ours_is_named():
+    model, ids = small_model("MEM*E"), random_ids(61, 1, 3)
+    out = model(ids)
+    with pytest.raises(ValueError, match="such as out.state"):
+        model(ids, out)
+    with pytest.raises(ValueError, match="another model"):
+        small_model("*EM*E")(ids, out.state)
+
+
+@torch.no_grad()
+def test_the_recurrence_stays_in_float32_under_autocast(monkeypatch):
+    """The state's error would be carried on: 4e-3 where its products are bfloat16."""
+    from minimoe.layers import mamba2
+
+    seen = []
+
+    def watch(*parts):
+        y, state = mamba2_chunked(*parts)
+        seen.append(error(state, mamba2_chunked(*(p.double() if isinstance(p, torch.Tensor) else p for p in parts))[1]))
+        return y, state
+
+    mamba2_chunked = mamba2.ssd_chunked
+    monkeypatch.setattr(mamba2, "ssd_chunked", watch)
+    layer = small_model("M", dtype=torch.float32, num_nextn_predict_layers=0).model.layers[0].mixer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(normal(1, 40, layer.in_proj.in_features, dtype=torch.float32))
+    assert len(seen) == 1 and seen[0] < 1e-5

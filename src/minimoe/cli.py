@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can still be caught, not at exit
+            if sys.stdout:  # None if the shell closed it
+                sys.stdout.flush()  # here, where a closed pipe can still be caught, not at exit
     except BrokenPipeError:
         # The reader of our output has left (`minimoe ... | head`); point what is still buffered at nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

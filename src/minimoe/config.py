@@ -183,8 +183,8 @@ class HybridConfig:
         if self.mtp_final_norm not in ("rmsnorm", "layernorm"):
             _fail("mtp_final_norm", self.mtp_final_norm, "must be 'rmsnorm' or 'layernorm'")
         self._positive("vocab_size", "hidden_size", "max_position_embeddings")
-        if not self.layer_norm_epsilon > 0:
-            _fail("layer_norm_epsilon", self.layer_norm_epsilon, "must be above 0")
+        if not 0 < self.layer_norm_epsilon < 1:
+            _fail("layer_norm_epsilon", self.layer_norm_epsilon, "must be above 0 and below 1")
         if not self.initializer_range > 0:
             _fail("initializer_range", self.initializer_range, "must be above 0")
         if "*" in pattern:
@@ -224,7 +224,7 @@ class HybridConfig:
             _fail("time_step_limit", self.time_step_limit, "must be (low, high) with 0 <= low < high")
         if not self.time_step_floor >= 0:
             _fail("time_step_floor", self.time_step_floor, "must be 0 or above")
-        if not 0 < self.time_step_min <= self.time_step_max:
+        if not 0 < self.time_step_min <= self.time_step_max < math.inf:
             _fail("time_step_min", self.time_step_min, f"must be above 0 and at most time_step_max={self.time_step_max}")
 
     def _check_moe(self) -> None:
@@ -283,7 +283,7 @@ class HybridConfig:
         if "minimoe_time_step_min" in config:  # written by save_hf, which stores 0.0 for transformers' sake
             config["time_step_min"] = config["minimoe_time_step_min"]
         fields = {field.name for field in dataclasses.fields(cls)}
-        missing = sorted({"vocab_size", "hidden_size"} - config.keys())
+        missing = sorted(name for name in ("vocab_size", "hidden_size") if config.get(name) is None)
         if missing:
             raise ConfigError(f"the config lacks {missing[0]}")
         return cls(**{key: value for key, value in config.items() if key in fields and value is not None

@@ -62,7 +62,7 @@ def generate(
     temperature     0 takes the likeliest token; else logits are divided by it and sampled
     top_k, top_p    sample only among the k likeliest (0: all), and among the likeliest whose probability reaches p
     stop            ids or id sequences that end a row; the config's end-of-text ids always do
-    seed            row r draws from a generator of its own, seeded seed + r: the batch around it changes nothing
+    seed            row r draws from a generator of its own, seeded seed + r: other rows use up none of its numbers
     on_token        called as on_token(row, id) as soon as a token is known
 
     Raises ValueError, in one line, for settings out of range and for prompts that are empty, hold ids outside
@@ -124,7 +124,8 @@ def pick(logits_V: Tensor, temperature: float, top_p: float, top_k: int, generat
     """One token id from one row of logits (on the CPU). Ties of the likeliest go to the smallest id."""
     if temperature == 0:
         return int(logits_V.argmax())
-    values, ids = (logits_V / temperature).sort(descending=True, stable=True)
+    values, ids = logits_V.sort(descending=True, stable=True)
+    values = (values - values[0]) / temperature  # the largest becomes 0, so that no temperature overflows
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
     probabilities = values.softmax(0)
@@ -138,19 +139,21 @@ def _check(
     model: HybridLM, prompts: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
     top_p: float, top_k: int, stop: Iterable[int | Sequence[int]],
 ) -> tuple[list[list[int]], list[list[int]]]:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be a whole number, at least 1")
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: must be 0 (likeliest token) or above")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k}: must be 0 (no limit) or above")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k={top_k}: must be a whole number, 0 (no limit) or above")
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    if any(isinstance(row, int) for row in prompts):
-        raise ValueError("prompts is one row of ids; wrap it in a list: [[1, 2, 3]]")
-    rows = [[int(i) for i in row] for row in prompts]
+    try:
+        rows = [[operator.index(i) for i in row] for row in prompts]
+    except TypeError:
+        raise ValueError("prompts must be rows of whole-number ids, for example [[1, 2, 3]]; "
+                         "text has to be encoded first") from None
     if not rows:
         raise ValueError("there is no prompt: give at least one row of token ids")
     config = model.config

@@ -18,9 +18,9 @@ from .config import HybridConfig
 from .layers import MLP, Attention, Mamba2, MoE, MTPBlock, RMSNorm
 from .layers.norm import at_least_float32
 from .packing import make_span
-from .state import HybridState, KVState, LayerState, Span
+from .state import HybridState, KVState, LayerState, MambaState, Span
 
-MAX_LOGIT_BYTES = 64 * 2**20
+MAX_LOGIT_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,9 @@ class HybridLM(nn.Module):
         Raises ValueError for ids that are not in the vocabulary, for an empty call, and for mismatched shapes.
         """
         self._check_ids(ids)
+        self._check_state(state)
         span, document_B, started_B = make_span(ids, state, lengths, segment_ids)
         states = state.layers if state else (None,) * len(self.model.layers)
-        if len(states) != len(self.model.layers):
-            raise ValueError(f"the state is of a model with {len(states)} layers; this one has {len(self.model.layers)}")
         hidden_BLD, new = self.model(ids, states, span)
         read_BLD = _last(hidden_BLD, span) if last_only else hidden_BLD
         logits = at_least_float32(self.lm_head(read_BLD))
@@ -143,6 +142,7 @@ class HybridLM(nn.Module):
         self._check_ids(ids)
         if targets.shape != ids.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of ids {tuple(ids.shape)}")
+        targets = targets.long()
         span, *_ = make_span(ids, None, lengths, segment_ids)
         if span.valid_BL is not None:
             targets = targets.masked_fill(~span.valid_BL, -100)
@@ -173,7 +173,20 @@ class HybridLM(nn.Module):
         hidden_BLD, state = self.mtp(self.model.embeddings(ids), hidden_BLD, state)
         return at_least_float32(self.lm_head(hidden_BLD)), hidden_BLD, state
 
+    def _check_state(self, state: HybridState | None) -> None:
+        if state is None:
+            return
+        if not isinstance(state, HybridState):
+            raise ValueError(f"state must be a HybridState, such as out.state, not {type(state).__name__}")
+        kinds = {"M": MambaState, "*": KVState}
+        pattern = self.config.hybrid_override_pattern
+        wanted = [kinds.get(letter, type(None)) for letter in pattern]
+        if [type(layer) for layer in state.layers] != wanted:
+            raise ValueError(f"the state is of another model than this one with its layers {pattern}")
+
     def _check_ids(self, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"ids must be a tensor [batch, length], not {type(ids).__name__}")
         if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
             raise ValueError(f"ids must be [batch, length] with at least one token, not {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):
@@ -188,8 +201,10 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew (see the class)."""
+        """Draw all weights anew (see the class); norms and D become 1, router biases 0."""
         config = self.config
+        for buffer in self.buffers():
+            buffer.zero_()
         std, layers = config.initializer_range, config.num_hidden_layers
         small = std / math.sqrt(layers) if config.rescale_prenorm_residual else std
         writes = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj", "fc2_latent_proj.weight")
@@ -200,7 +215,11 @@ class HybridLM(nn.Module):
                 low, high = math.log(config.time_step_min), math.log(config.time_step_max)
                 dt = p.uniform_(low, high).exp_().clamp_(min=config.time_step_floor)
                 p.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus backwards
-            elif p.dim() >= 2 and ".conv1d." not in name:
+            elif ".conv1d." in name:  # as torch starts a convolution with this many taps a channel
+                p.uniform_(-config.conv_kernel**-0.5, config.conv_kernel**-0.5)
+            elif p.dim() == 1:
+                p.fill_(1)
+            else:
                 p.normal_(0.0, small if name.endswith(writes) else std)
 
 
@@ -218,5 +237,6 @@ def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits without V, "
                          f"{tuple(logits.shape[:-1])}")
-    total = F.cross_entropy(at_least_float32(logits).flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+    logits_TV, targets_T = at_least_float32(logits).flatten(0, -2), targets.flatten().long()
+    total = F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)

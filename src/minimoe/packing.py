@@ -1,6 +1,7 @@
 """From ``lengths`` and ``segment_ids`` to the Span that the layers read."""
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,8 @@ def make_span(
     if segment_ids is None:
         segment_BL = state.document_B[:, None].expand(B, L)
     else:
+        if not isinstance(segment_ids, Tensor) or segment_ids.is_floating_point():
+            raise ValueError("segment_ids must be a tensor of whole numbers, [batch, length]")
         if segment_ids.shape != ids_BL.shape:
             raise ValueError(f"segment_ids {tuple(segment_ids.shape)} must have the shape of ids {tuple(ids_BL.shape)}")
         if state is not None and not packed:
@@ -53,7 +56,10 @@ def make_span(
 def _row_lengths(lengths: Sequence[int] | Tensor | None, B: int, L: int) -> tuple[int, ...]:
     if lengths is None:
         return (L,) * B
-    counts = tuple(int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths))
+    try:
+        counts = tuple(operator.index(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths))
+    except TypeError:
+        raise ValueError("lengths must be whole numbers, one a row") from None
     if len(counts) != B:
         raise ValueError(f"lengths has {len(counts)} entries for {B} rows")
     wrong = [n for n in counts if not 0 <= n <= L]

@@ -35,12 +35,12 @@ def rc() -> dict[str, Any]:
         linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
     )
     return {
-        "figure.figsize": (6.0, 3.2), "figure.dpi": 144, "figure.facecolor": "white", "savefig.facecolor": "white",
-        "figure.constrained_layout.use": True, "font.size": 10, "font.family": "DejaVu Sans",
-        "axes.prop_cycle": marks, "axes.facecolor": "white", "axes.edgecolor": GREY, "axes.titlesize": 10,
+        "figure.figsize": (5.4, 3.2), "figure.dpi": 144, "figure.facecolor": "white", "savefig.facecolor": "white",
+        "figure.constrained_layout.use": True, "font.size": 11, "font.family": "DejaVu Sans",
+        "axes.prop_cycle": marks, "axes.facecolor": "white", "axes.edgecolor": GREY, "axes.titlesize": 11,
         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": "#d9d9d9", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.8,
-        "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 9, "image.cmap": "Blues",
+        "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 10, "image.cmap": "Blues",
         "svg.hashsalt": "minimoe", "svg.fonttype": "none",
     }  # fmt: skip
 
@@ -111,7 +111,7 @@ def bars(
 
     if not xlabel.strip():
         raise ValueError("bars need a label with the unit: xlabel='weights [GiB]'")
-    fig, ax = plt.subplots(figsize=(6.0, 0.7 + 0.36 * len(values)))
+    fig, ax = plt.subplots(figsize=(5.4, 0.7 + 0.4 * len(values)))
     ax.set(xlabel=xlabel, title=title)
     names = list(values)
     drawn = ax.barh(range(len(names)), list(values.values()), color=COLORS["blue"], height=0.62)

@@ -129,6 +129,7 @@ class MambaState:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both; the same after any number of tokens."""
         return self.conv_BKC.nbytes + self.ssm_BHPN.nbytes
 
     def map(self, change: Callable[[Tensor], Tensor], rows: Sequence[int] | None = None) -> "MambaState":

@@ -1,9 +1,12 @@
 """One thing that the doctor found."""
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
-PIP = "python -m pip install"
+# this very Python: the doctor is often called without activating its environment
+_QUOTED = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+PIP = f"{_QUOTED} -m pip install"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ and experts are stacked. ``mtp.*`` is written too; transformers ignores it on lo
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ def load_hf(
 
     Raises CheckpointError for a missing, foreign or damaged file, a missing tensor or a wrong shape.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"dtype={dtype!r}: must be a torch dtype such as torch.bfloat16")
     directory = Path(directory)
     config = _read_config(directory)
     picked = _pick_layers(config, layers)
@@ -87,14 +90,21 @@ def save_hf(model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any =
                               "only (0, inf) computes alike there")
     if "E" in config.hybrid_override_pattern and config.n_routed_experts == 1:
         raise CheckpointError("n_routed_experts=1: transformers' router needs at least 2; use a dense block ('-') instead")
+    if model.lm_head.weight.is_meta:
+        raise CheckpointError("the model is on the meta device and has no weights to save")
+    save_tokenizer = getattr(tokenizer, "save_pretrained", None) or getattr(tokenizer, "save", None)
+    if tokenizer is not None and save_tokenizer is None:
+        raise CheckpointError(f"tokenizer={tokenizer!r}: must have save_pretrained(dir) or save(dir)")
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; choose a new or an empty directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         tensors = dict(_split_names(model.state_dict()))
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(_config_for_transformers(model), indent=1) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            getattr(tokenizer, "save_pretrained", getattr(tokenizer, "save", None))(str(fresh))
+        if save_tokenizer is not None:
+            save_tokenizer(str(fresh))
         fresh.chmod(0o755)  # mkdtemp makes it private, and save_file its file
         (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode & 0o777)
         _swap(fresh, directory)
@@ -162,7 +172,10 @@ def _read_config(directory: Path) -> HybridConfig:
 def _pick_layers(config: HybridConfig, layers: int | Sequence[int] | None) -> list[int] | None:
     if layers is None:
         return None
-    picked = list(range(layers)) if isinstance(layers, int) else [int(i) for i in layers]
+    try:
+        picked = list(range(layers)) if isinstance(layers, int) else [operator.index(i) for i in layers]
+    except TypeError:
+        raise CheckpointError(f"layers={layers!r}: must be a number of layers or a list of their indices") from None
     wrong = [i for i in picked if not 0 <= i < config.num_hidden_layers]
     if wrong or not picked:
         raise CheckpointError(f"layers={layers!r}: the model has layers 0 to {config.num_hidden_layers - 1}")

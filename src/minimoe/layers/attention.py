@@ -31,14 +31,16 @@ def attend(q_BHLP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, mask_BLS: Tensor) -> 
 def causal_mask(span: Span, length: int, keys: int, device: torch.device) -> Tensor:
     """mask_BLS: key s is visible to query l if it is not later, and not of an earlier document.
 
+    Rows that are all equally far share one mask, [1, L, S].
     Padding queries see the first keys too: their output is never read, but it must not be NaN.
     """
     key_S = torch.arange(keys, device=device)
-    past_B1 = torch.tensor(span.past, device=device)[:, None]
+    past = span.past if len(set(span.past)) > 1 else span.past[:1]
+    past_B1 = torch.tensor(past, device=device)[:, None]
     position_BL = past_B1 + torch.arange(length, device=device)
     mask_BLS = key_S <= position_BL[:, :, None]
     if span.first_key_BL is not None:
-        mask_BLS &= key_S >= span.first_key_BL[:, :, None]
+        mask_BLS = mask_BLS & (key_S >= span.first_key_BL[:, :, None])
     return mask_BLS
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from ..state import MambaState, Span
-from .norm import GatedRMSNorm, at_least_float32
+from .norm import GatedRMSNorm, at_least_float32, without_autocast
 
 
 def ssd_recurrent(
     x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, Bmat_BLGN: Tensor, Cmat_BLGN: Tensor,
     state_BHPN: Tensor, run_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, token by token:
+    """The definition, token by token, in the dtype of its inputs (at least float32 in a model):
 
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t Bmat_t^T        y_t = S_t Cmat_t
 
@@ -166,25 +166,24 @@ class Mamba2(nn.Module):
             dt_BLH = dt_BLH * span.valid_BL[..., None]
         A_H = -torch.exp(at_least_float32(self.A_log))
 
-        if L == 1:
-            y_BLHP, ssm_BHPN = ssd_recurrent(x_BLHP, dt_BLH, A_H, Bmat_BLGN, Cmat_BLGN, state.ssm_BHPN, span.run_BL)
-        else:
-            y_BLHP, ssm_BHPN = ssd_chunked(
-                x_BLHP, dt_BLH, A_H, Bmat_BLGN, Cmat_BLGN, state.ssm_BHPN, self.chunk_size, span.run_BL
-            )
+        parts = x_BLHP, dt_BLH, A_H, Bmat_BLGN, Cmat_BLGN, state.ssm_BHPN
+        with without_autocast(x_BLD):  # its products would be bfloat16, and the state carries their errors on
+            if L == 1:
+                y_BLHP, ssm_BHPN = ssd_recurrent(*parts, span.run_BL)
+            else:
+                y_BLHP, ssm_BHPN = ssd_chunked(*parts, self.chunk_size, span.run_BL)
         y_BLI = torch.addcmul(y_BLHP, x_BLHP, self.D[:, None].to(y_BLHP.dtype)).flatten(2)
         return self.out_proj(self.norm(y_BLI, gate_BLI).to(x_BLD.dtype)), MambaState(conv_BKC, ssm_BHPN)
 
     def _last_inputs(self, window_BMC: Tensor, run_BM: Tensor | None, span: Span) -> Tensor:
         """The K - 1 inputs that the next call's convolution will see, zero where they are of an older document."""
-        K = self.conv1d.kernel_size[0] - 1
-        M = window_BMC.shape[1]
+        kept, M = self.conv1d.kernel_size[0] - 1, window_BMC.shape[1]
         if not span.padded:
-            last_BKC, run_BK = window_BMC[:, M - K :], None if run_BM is None else run_BM[:, M - K :]
+            last_BKC, run_BK = window_BMC[:, M - kept :], None if run_BM is None else run_BM[:, M - kept :]
             run_B1 = None if run_BM is None else run_BM[:, -1:]
         else:
             lengths_B1 = torch.tensor(span.lengths, device=window_BMC.device)[:, None]
-            at_BK = lengths_B1 + torch.arange(K, device=window_BMC.device)
+            at_BK = lengths_B1 + torch.arange(kept, device=window_BMC.device)
             last_BKC = window_BMC.gather(1, at_BK[..., None].expand(-1, -1, window_BMC.shape[2]))
             run_BK = None if run_BM is None else run_BM.gather(1, at_BK)
             run_B1 = None if run_BM is None else run_BK[:, -1:]

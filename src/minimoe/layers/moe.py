@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import HybridConfig
 from .mlp import MLP, relu2
-from .norm import at_least_float32
+from .norm import at_least_float32, without_autocast
 
 
 def route(
@@ -27,8 +27,7 @@ def route(
 
     Returns experts_TK (int64), weights_TK and scores_TE, both at least float32.
     """
-    device = "cpu" if x_TD.is_meta else x_TD.device.type
-    with torch.autocast(device, enabled=False):  # scores in bfloat16 would reorder close experts
+    with without_autocast(x_TD):  # scores in bfloat16 would reorder close experts
         scores_TE = F.linear(at_least_float32(x_TD), at_least_float32(gate_ED)).sigmoid()
     experts_TK = (scores_TE.detach() + bias_E).topk(top_k, dim=-1, sorted=False).indices
     weights_TK = scores_TE.gather(-1, experts_TK)

@@ -15,6 +15,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which autocast leaves the products of x's device alone."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 class RMSNorm(nn.Module):
     """``y = weight * x / sqrt(mean(x^2) + eps)`` over the last axis.
 
