@@ -74,12 +74,13 @@ def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, choice_M: 
         ends_E = counts_E.cumsum(0).int()
         hidden = relu2(F.grouped_mm(rows_MR, up_EFR.mT, offs=ends_E))
         return F.grouped_mm(hidden, down_ERF.mT, offs=ends_E)
-    counts = counts_E.tolist()
-    runs = [
-        F.linear(relu2(F.linear(run, up_EFR[e])), down_ERF[e])
-        for e, run in enumerate(rows_MR.split(counts)) if counts[e]
-    ]
-    return torch.cat(runs)
+    outputs, start = [], 0
+    for e, count in enumerate(counts_E.tolist()):
+        if count:
+            run_IR = rows_MR[start : start + count]
+            outputs.append(F.linear(relu2(F.linear(run_IR, up_EFR[e])), down_ERF[e]))
+            start += count
+    return torch.cat(outputs)
 
 
 def _has_grouped_mm(x: Tensor, up_EFR: Tensor) -> bool:
