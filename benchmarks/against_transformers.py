@@ -1,6 +1,6 @@
 """minimoe beside transformers' NemotronHForCausalLM: the same weights, one process, one thread, in turn.
 
-    python benchmarks/against_transformers.py [--preset small]        about 3 minutes on one core
+    python benchmarks/against_transformers.py [--preset small]        about a minute on one core
 
 Prints CPU seconds and ratios (above 1: minimoe is faster) and writes results/bench_transformers.json. transformers
 runs with the fastest of its expert implementations, chosen here by timing them; its optional CUDA kernels are not
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from minimoe import HybridConfig, HybridLM
 from minimoe.bench.report import write_result
+from minimoe.bench.timing import cpu_seconds, in_turns
 from minimoe.interop import save_hf
 
 RESULT = Path(__file__).parents[1] / "results" / "bench_transformers.json"
@@ -29,18 +30,12 @@ REPEATS = 7
 DECODED = 48
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def side_by_side(ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, float]:
-    """Medians of both and the ratio, repeat by repeat in turn; the first pair pays for set-up and is dropped."""
-    pairs = [(cpu_seconds(ours), cpu_seconds(theirs)) for _ in range(REPEATS + 1)][1:]
-    ratios = [b / a for a, b in pairs]
+    """Medians of both and the ratio, repeat by repeat in turn."""
+    a, b = in_turns({"minimoe": ours, "transformers": theirs}, REPEATS).values()
+    ratios = [y / x for x, y in zip(a, b)]
     return {
-        "minimoe_s": statistics.median(a for a, _ in pairs), "transformers_s": statistics.median(b for _, b in pairs),
+        "minimoe_s": statistics.median(a), "transformers_s": statistics.median(b),
         "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
     }  # fmt: skip
 

@@ -17,8 +17,8 @@ decode    the attention of one new token over L keys with Nano's heads (no proje
 """
 from __future__ import annotations
 
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from minimoe import HybridConfig, catalog
 from minimoe.bench.report import write_result
+from minimoe.bench.timing import in_turns, summary
 from minimoe.layers import Attention
 
 RESULT = Path(__file__).parents[1] / "results" / "02_attention_time.json"
@@ -38,15 +39,8 @@ PREFILL = {
 POSITIONS, STEPS, DECODE_REPEATS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536), 4, 9
 
 
-def cpu_seconds(work) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def least_seconds(work, repeats: int = 15) -> float:
-    work()
-    return min(cpu_seconds(work) for _ in range(repeats))
+def least_seconds(work) -> float:
+    return min(in_turns({"work": work}, 15)["work"])
 
 
 def rates() -> dict[str, float]:
@@ -72,22 +66,11 @@ def fit(x: tuple[int, ...], y: list[float], degree: int) -> list[float]:
     return (np.linalg.lstsq(rows / scale, np.ones(len(y)), rcond=None)[0] / scale).tolist()
 
 
-def summary(runs: dict[int, list[float]]) -> dict[str, list[float]]:
-    return {
-        "seconds": [statistics.median(run) for run in runs.values()],
-        "low": [min(run) for run in runs.values()], "high": [max(run) for run in runs.values()],
-    }  # fmt: skip
-
-
 def prefill(config: HybridConfig, lengths: tuple[int, ...], repeats: int, flop_per_s: float) -> dict:
     layer = Attention(config)
     x_BLD = torch.randn(1, max(lengths), config.hidden_size)
-    layer(x_BLD[:, : lengths[1]])  # the first call pays for set-up
-    runs: dict[int, list[float]] = {length: [] for length in lengths}
-    for _ in range(repeats):
-        for length in lengths:
-            runs[length].append(cpu_seconds(lambda: layer(x_BLD[:, :length])))
-    out = summary(runs)
+    runs = in_turns({length: partial(layer, x_BLD[:, :length]) for length in lengths}, repeats)
+    out = summary(runs.values())
     crossings = []
     for i in range(repeats):
         _, b, c = fit(lengths, [runs[length][i] for length in lengths], 2)
@@ -110,19 +93,18 @@ def decode(config: HybridConfig, bytes_per_s: float) -> dict:
         "enable_gqa": lambda k, v: F.scaled_dot_product_attention(q_BHLP, k, v, enable_gqa=True),
         "folded": lambda k, v: F.scaled_dot_product_attention(q_BHLP.view(1, G, H // G, P), k, v),
     }
-    runs: dict[str, dict[int, list[float]]] = {way: {n: [] for n in POSITIONS} for way in ways}
-    for repeat in range(DECODE_REPEATS + 1):
-        for n in POSITIONS:
-            k, v = k_BGSP[:, :, :n], v_BGSP[:, :, :n]
-            for way, work in ways.items():
-                took = cpu_seconds(lambda: [work(k, v) for _ in range(STEPS)]) / STEPS
-                if repeat:  # the first, with its set-up, is dropped
-                    runs[way][n].append(took)
+
+    def steps(way: str, n: int) -> None:
+        for _ in range(STEPS):
+            ways[way](k_BGSP[:, :, :n], v_BGSP[:, :, :n])
+
+    runs = in_turns({(way, n): partial(steps, way, n) for n in POSITIONS for way in ways}, DECODE_REPEATS)
+    times = {way: summary([s / STEPS for s in runs[way, n]] for n in POSITIONS) for way in ways}
     kv = 2 * G * P * 4
     return {
         "positions": list(POSITIONS), "repeats": DECODE_REPEATS, "steps": STEPS, "kv_bytes_per_token": kv,
         "predicted": [kv * n / bytes_per_s for n in POSITIONS],
-        **{way: summary(run) | {"fit": fit(POSITIONS, summary(run)["seconds"], 1)} for way, run in runs.items()},
+        **{way: t | {"fit": fit(POSITIONS, t["seconds"], 1)} for way, t in times.items()},
     }  # fmt: skip
 
 

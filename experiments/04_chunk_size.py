@@ -1,6 +1,6 @@
 """Which chunk size is fastest, and could one have known?
 
-    python experiments/04_chunk_size.py        about 5 minutes on one core
+    python experiments/04_chunk_size.py        about 1 minute on one core
 
 Writes results/04_chunk_size.json: CPU seconds of ssd_chunked on one thread at each chunk size, for three shapes,
 beside two predictions made from the machine's measured rates before the scan is timed:
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from minimoe.bench.report import write_result
+from minimoe.bench.timing import in_turns, summary
 from minimoe.layers.mamba2 import ssd_chunked
 
 RESULT = Path(__file__).parents[1] / "results" / "04_chunk_size.json"
@@ -30,24 +32,17 @@ SHAPES = {"small": (8, 64, 2, 64), "medium": (32, 64, 4, 128), "nano-30b": (64, 
 DECAY_PASSES, STATE_PASSES = 8, 7
 
 
-def seconds(work, repeats: int) -> list[float]:
-    work()
-    out = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        out.append(time.process_time() - start)
-    return out
-
-
 def rates() -> dict[str, float]:
     """Bytes a second of an element-wise pass, and FLOP/s of batched products as small as a chunk's."""
     x = torch.randn(2**24)
     y = torch.empty_like(x)
-    per_pass = statistics.median(seconds(lambda: torch.mul(x, 0.5, out=y), 9))
+    passes = in_turns({"pass": lambda: torch.mul(x, 0.5, out=y)}, 9)["pass"]
     a, b = torch.randn(64, 64, 64), torch.randn(64, 64, 64)
-    per_product = statistics.median(seconds(lambda: [a @ b for _ in range(40)], 9)) / 40
-    return {"bytes_per_s": 2 * x.nbytes / per_pass, "flop_per_s": 64 * 2 * 64**3 / per_product}
+    products = in_turns({"40 products": lambda: [a @ b for _ in range(40)]}, 9)["40 products"]
+    return {
+        "bytes_per_s": 2 * x.nbytes / statistics.median(passes),
+        "flop_per_s": 40 * 64 * 2 * 64**3 / statistics.median(products),
+    }
 
 
 def flops(Q: int, H: int, P: int, G: int, N: int) -> float:
@@ -75,16 +70,11 @@ def main() -> None:
         x, dt = torch.randn(1, LENGTH, H, P), torch.rand(1, LENGTH, H) * 0.1
         A, Bmat, Cmat = -torch.rand(H) * 15 - 1, torch.randn(1, LENGTH, G, N), torch.randn(1, LENGTH, G, N)
         state = torch.zeros(1, H, P, N)
-        runs = {Q: [] for Q in CHUNKS}
-        for _ in range(REPEATS + 1):
-            for Q in CHUNKS:
-                at = time.process_time()
-                ssd_chunked(x, dt, A, Bmat, Cmat, state, Q)
-                runs[Q].append(time.process_time() - at)
-        measured = [statistics.median(runs[Q][1:]) for Q in CHUNKS]  # the first of each pays for set-up
+        given = x, dt, A, Bmat, Cmat, state
+        times = summary(in_turns({Q: partial(ssd_chunked, *given, Q) for Q in CHUNKS}, REPEATS).values())
+        measured = times["seconds"]
         numbers["shapes"][name] = {
-            "heads": H, "head_dim": P, "groups": G, "state": N,
-            "seconds": measured, "low": [min(runs[Q][1:]) for Q in CHUNKS], "high": [max(runs[Q][1:]) for Q in CHUNKS],
+            "heads": H, "head_dim": P, "groups": G, "state": N, **times,
             "predicted_flops": by_flops, "predicted_bytes": by_bytes,
             "best": CHUNKS[measured.index(min(measured))],
             "best_flops": CHUNKS[by_flops.index(min(by_flops))], "best_bytes": CHUNKS[by_bytes.index(min(by_bytes))],

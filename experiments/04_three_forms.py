@@ -26,12 +26,13 @@ from torch import Tensor
 
 from minimoe import catalog
 from minimoe.bench.report import write_result
+from minimoe.bench.timing import in_turns, summary
 from minimoe.layers import ssd_chunked, ssd_recurrent
 
 RESULT = Path(__file__).parents[1] / "results" / "04_three_forms.json"
 MODEL, CHUNK, LENGTH, REPEATS = "nemotron-3-nano-30b-a3b", 64, 2048, 7
 LENGTHS = tuple(2**k for k in range(14))
-LEAST = 0.005  # seconds that a sample lasts: short calls are repeated inside it
+LEAST = 0.005  # seconds that a sample lasts
 
 FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "recurrence": ssd_recurrent,
@@ -48,27 +49,6 @@ def inputs(length: int, groups: int) -> list[Tensor]:
         torch.randn(1, length, H, P), torch.rand(1, length, H) * config.time_step_max, -torch.rand(H) * 15 - 1,
         torch.randn(1, length, groups, N), torch.randn(1, length, groups, N), torch.zeros(1, H, P, N),
     ]  # fmt: skip
-
-
-def cpu_seconds(work: Callable[[], object], calls: int) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        work()
-    return (time.process_time() - start) / calls
-
-
-def in_turns(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each work, ``repeats`` times, taking turns; the first round pays for set-up and sets the calls."""
-    calls = {name: max(1, round(LEAST / max(cpu_seconds(work, 1), 1e-5))) for name, work in works.items()}
-    runs: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            runs[name].append(cpu_seconds(work, calls[name]))
-    return runs
-
-
-def summary(runs: list[list[float]]) -> dict[str, list[float]]:
-    return {"seconds": [statistics.median(r) for r in runs], "low": [min(r) for r in runs], "high": [max(r) for r in runs]}
 
 
 def train(form: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor]) -> int:
@@ -94,7 +74,7 @@ def main() -> None:
     runs: dict[str, list[list[float]]] = {name: [] for name in FORMS}
     for length in LENGTHS:
         given = inputs(length, 1)
-        for name, r in in_turns({n: lambda f=f: f(*given) for n, f in FORMS.items()}, REPEATS).items():
+        for name, r in in_turns({n: lambda f=f: f(*given) for n, f in FORMS.items()}, REPEATS, LEAST).items():
             runs[name].append(r)
         print(length, {name: f"{statistics.median(r[-1]) * 1e3:.3g} ms" for name, r in runs.items()}, flush=True)
     numbers: dict = {
@@ -103,16 +83,16 @@ def main() -> None:
     }  # fmt: skip
 
     given = inputs(LENGTH, 8)
-    layer = in_turns({n: lambda f=FORMS[n]: f(*given) for n in ("recurrence", "chunks")}, 5)
+    layer = in_turns({n: lambda f=FORMS[n]: f(*given) for n in ("recurrence", "chunks")}, 5, LEAST)
     numbers["layer"] = {"length": LENGTH} | {name: summary([r]) for name, r in layer.items()}
 
     given = inputs(LENGTH, 1)
     kept = {name: train(form, given) for name, form in FORMS.items()}
-    training = in_turns({n: lambda f=f: train(f, given) for n, f in FORMS.items()}, 5)
+    training = in_turns({n: lambda f=f: train(f, given) for n, f in FORMS.items()}, 5, LEAST)
     numbers["training"] = {"length": LENGTH} | {name: summary([r]) | {"kept_bytes": kept[name]} for name, r in training.items()}
 
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    product = in_turns({"product": lambda: a @ b}, REPEATS)["product"]
+    product = in_turns({"product": lambda: a @ b}, REPEATS, LEAST)["product"]
     numbers["matmul_flop_per_s"] = 2 * 1024**3 / statistics.median(product)
 
     write_result(RESULT, numbers, time.perf_counter() - start)

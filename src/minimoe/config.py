@@ -204,7 +204,7 @@ class HybridConfig:
     def _positive(self, *fields: str) -> None:
         for field in fields:
             value = getattr(self, field)
-            if value is None or value <= 0:
+            if value <= 0:
                 _fail(field, value, "must be a whole number above 0")
 
     def _check_attention(self) -> None:
@@ -275,19 +275,18 @@ class HybridConfig:
             config["hybrid_override_pattern"] = pattern_from_kinds(kinds)
         if "mtp_hybrid_override_pattern" not in config and config.get("mtp_layers_block_type"):
             config["mtp_hybrid_override_pattern"] = pattern_from_kinds(config["mtp_layers_block_type"], "mtp_layers_block_type")
-        if not isinstance(config["hybrid_override_pattern"], str):
-            _fail("hybrid_override_pattern", config["hybrid_override_pattern"], "must be a text such as 'MEM*E'")
-        declared = config.get("num_hidden_layers")
-        if declared is not None and declared != len(config["hybrid_override_pattern"]):
-            _fail("num_hidden_layers", declared, f"the pattern has {len(config['hybrid_override_pattern'])} letters")
         if "minimoe_time_step_min" in config:  # written by save_hf, which stores 0.0 for transformers' sake
             config["time_step_min"] = config["minimoe_time_step_min"]
         fields = {field.name for field in dataclasses.fields(cls)}
         missing = sorted(name for name in ("vocab_size", "hidden_size") if config.get(name) is None)
         if missing:
             raise ConfigError(f"the config lacks {missing[0]}")
-        return cls(**{key: value for key, value in config.items() if key in fields and value is not None
+        read = cls(**{key: value for key, value in config.items() if key in fields and value is not None
                       or key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+        declared = config.get("num_hidden_layers")
+        if declared is not None and declared != read.num_hidden_layers:
+            _fail("num_hidden_layers", declared, f"the pattern has {read.num_hidden_layers} letters")
+        return read
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as :meth:`from_dict` reads it."""

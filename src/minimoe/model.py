@@ -142,7 +142,6 @@ class HybridLM(nn.Module):
         self._check_ids(ids)
         if targets.shape != ids.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of ids {tuple(ids.shape)}")
-        targets = targets.long()
         span, *_ = make_span(ids, None, lengths, segment_ids)
         if span.valid_BL is not None:
             targets = targets.masked_fill(~span.valid_BL, -100)
@@ -158,8 +157,7 @@ class HybridLM(nn.Module):
         return total / (targets_T != -100).sum().clamp(min=1)
 
     def _loss_sum(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        logits_TV = at_least_float32(self.lm_head(hidden_TD))
-        return F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
+        return _cross_entropy_sum(self.lm_head(hidden_TD), targets_T)
 
     def draft(self, ids: Tensor, hidden_BLD: Tensor, state: KVState | None = None) -> tuple[Tensor, Tensor, KVState]:
         """One application of the MTP block: guesses for the token after ``ids``, given the state before them.
@@ -237,6 +235,8 @@ def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logits without V, "
                          f"{tuple(logits.shape[:-1])}")
-    logits_TV, targets_T = at_least_float32(logits).flatten(0, -2), targets.flatten().long()
-    total = F.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
-    return total / (targets != -100).sum().clamp(min=1)
+    return _cross_entropy_sum(logits.flatten(0, -2), targets.flatten()) / (targets != -100).sum().clamp(min=1)
+
+
+def _cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    return F.cross_entropy(at_least_float32(logits_TV), targets_T.long(), ignore_index=-100, reduction="sum")

@@ -16,13 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+from .profiles import stated
+
 _memory: dict[str, dict[str, Any]] = {}
-
-
-def _in_memory() -> bool:
-    # as minimoe.profile() decides it, without its question to torch about a GPU
-    named = os.environ.get("MINIMOE_PROFILE", "").strip()
-    return named == "ci" if named else os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 def path() -> pathlib.Path:
@@ -39,7 +35,7 @@ def path() -> pathlib.Path:
 
 
 def _load() -> dict[str, dict[str, Any]]:
-    if _in_memory():
+    if stated() == "ci":
         return _memory
     try:
         data = json.loads(path().read_text(encoding="utf-8"))
@@ -53,7 +49,7 @@ def _load() -> dict[str, dict[str, Any]]:
 
 
 def _save(data: dict[str, dict[str, Any]]) -> None:
-    if _in_memory():
+    if stated() == "ci":
         return
     target = path()
     tmp = None

@@ -7,6 +7,12 @@ import os
 PROFILES = ("ci", "cpu", "gpu")
 
 
+def stated() -> str:
+    """What ``MINIMOE_PROFILE`` or, without it, ``CI`` ask for, unchecked; empty if neither says anything."""
+    name = os.environ.get("MINIMOE_PROFILE", "").strip()
+    return name or ("ci" if os.environ.get("CI", "").lower() in ("1", "true", "yes") else "")
+
+
 def profile() -> str:
     """The run profile's name.
 
@@ -17,13 +23,10 @@ def profile() -> str:
     ValueError
         if MINIMOE_PROFILE is set to an unknown name.
     """
-    name = os.environ.get("MINIMOE_PROFILE", "").strip()
-    if name:
+    if name := stated():
         if name not in PROFILES:
             raise ValueError(f"MINIMOE_PROFILE={name!r} is unknown; set it to one of {', '.join(PROFILES)} or unset it")
         return name
-    if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
-        return "ci"
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bench.host import describe_host, nvidia_gpus
 from .engines import examine_llama, examine_torch
-from .finding import PIP, Finding
+from .finding import PURGE, Finding
 from .packages import check_packages, declared_requirements
 
 __all__ = ["Finding", "examine"]
@@ -70,7 +70,7 @@ def check_gpu(cards: list[dict[str, Any]], trouble: str | None) -> list[Finding]
 def check_disk(free: int) -> Finding:
     text = f"{free / 1e9:.0f} GB free here"
     if free < DISK_NEEDED:
-        return Finding("fix", "disk", f"{text}; the book needs 2 GB", f"{PIP.removesuffix('install')}cache purge")
+        return Finding("fix", "disk", f"{text}; the book needs 2 GB", PURGE)
     if free < DISK_COMFORTABLE:
         return Finding("note", "disk", f"{text}; enough for the book, real models take 3 to 25 GB")
     return Finding("ok", "disk", text)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # this very Python: the doctor is often called without activating its environment
 _QUOTED = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-PIP = f"{_QUOTED} -m pip install"
+PIP, PURGE = f"{_QUOTED} -m pip install", f"{_QUOTED} -m pip cache purge"
 
 
 @dataclass(frozen=True)
