@@ -39,7 +39,7 @@ MAX_WIDTH, MAX_IMAGE, MAX_OUTPUT = 76, 150_000, 400_000
 def card(name: str, root: pathlib.Path = ROOT) -> dict:
     """The output that stands on the page for a volatile cell: a measurement from results/, or a line of text."""
     if not name:
-        text = "A measured time: run this cell to see your machine's."
+        text = "Differs from machine to machine: run this cell to see yours."
         return {"text/html": f'<p class="mm-volatile">{text}</p>', "text/plain": text}
     try:
         data = json.loads((root / "results" / name).read_text(encoding="utf-8"))

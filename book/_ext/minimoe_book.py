@@ -10,6 +10,7 @@ from sphinx.util import logging
 log = logging.getLogger(__name__)
 SECTION = re.compile(r"(Args|Arguments|Returns?|Raises|Yields|Parameters|Attributes):$")
 ENTRY = re.compile(r"[\w.*]+(, [\w.*]+)*(\s*:\s+.*)?$")
+FIELD = re.compile(r"(\w+(?:, \w+)*)\s{2,}(?=\S)")
 ITEM = re.compile(r"([-*]|\d+\.) ")
 
 
@@ -42,7 +43,7 @@ def _entries(lines: list[str]) -> list[str]:
 def plain_docstring(lines: list[str]) -> list[str]:
     """A docstring as readers of the source see it: paragraphs, lists, sections, indented formulas as they stand.
 
-    Docstrings are plain text; numpy's and Google's section headings are understood, and a paragraph that starts with
+    Docstrings are plain text; two columns of names and texts, and numpy's and Google's section headings are understood, and a paragraph that starts with
     a directive (`.. math::`) or a table's rule is taken as reStructuredText.
     """
     out: list[str] = []
@@ -64,6 +65,8 @@ def plain_docstring(lines: list[str]) -> list[str]:
         elif numpy or SECTION.match(para[0]):
             out += [f".. rubric:: {para[0].rstrip(':')}", "", *_entries(para[2 if numpy else 1 :])]
             in_section = True
+        elif FIELD.match(para[0]):  # `name    text` in two columns
+            out += _entries([line if line.startswith(" ") else FIELD.sub(r"\1 : ", line, count=1) for line in para])
         elif in_section and ENTRY.match(para[0]) and (first or " : " in para[0]):
             out += _entries(para)
         elif all(line.startswith(" ") for line in para):

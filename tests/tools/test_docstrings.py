@@ -35,3 +35,9 @@ def test_sections_of_both_styles():
     for text in (google, numpy):
         assert "``x_BLD``\n    input\n\n``k``\n    count" in text and "``ValueError``\n    if x is empty" in text
     assert ".. rubric:: Args" in google and ".. rubric:: Parameters" in numpy
+
+
+def test_two_columns_are_a_definition_list():
+    text = shown("Go on.\n\nstop        ids that end a row\ntop_k, top_p  sample only among\n              the likeliest")
+    assert "``stop``\n    ids that end a row\n\n``top_k, top_p``\n    sample only among\n    the likeliest" in text
+    assert shown("A sentence of prose.  Another one.") == "A sentence of prose.  Another one."
