@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import MinimoeError
+
 BLOCK_KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 _LETTERS = {kind: letter for letter, kind in BLOCK_KINDS.items()} | {"mamba": "M", "attention": "*"}
 
@@ -29,7 +31,7 @@ _ALIASES = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(MinimoeError):
     """A configuration that cannot work; the message names the field, its value and the rule."""
 
 
@@ -128,6 +130,7 @@ class HybridConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 0
+    tokenizer_fingerprint: str | None = None  # of the vocabulary that the weights were trained with
 
     # ------------------------------------------------------------------ derived sizes
     @property
@@ -301,7 +304,7 @@ class HybridConfig:
 # as Nano-30B's 2,688 and 1,856 are not. Four of 16 half-width experts cost what two of eight full-width ones would.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vocab_size=256, hidden_size=64, hybrid_override_pattern="MEM*E", max_position_embeddings=4096,
+        vocab_size=320, hidden_size=64, hybrid_override_pattern="MEM*E", max_position_embeddings=4096,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         mamba_num_heads=8, mamba_head_dim=16, n_groups=2, ssm_state_size=16, chunk_size=16,
         n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,

@@ -1,0 +1,23 @@
+"""Text and what becomes of it: documents, tokens, batches. Names load their module on first use (PEP 562)."""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_WHERE = {
+    "Batches": "batches", "Tokens": "batches", "encode_corpus": "batches",
+    "Corpus": "corpus", "CorpusError": "corpus", "load_corpus": "corpus",
+    "Tokenizer": "tokenizer", "TokenizerError": "tokenizer",
+}  # fmt: skip
+__all__ = list(_WHERE)
+
+if TYPE_CHECKING:
+    from .batches import Batches, Tokens, encode_corpus
+    from .corpus import Corpus, CorpusError, load_corpus
+    from .tokenizer import Tokenizer, TokenizerError
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
