@@ -290,6 +290,36 @@ def drafting():
     return model, ids, F.pad(hidden[:, :-1], (0, 0, 1, 0))  # h of the token before; zeros before the first
 
 
+@pytest.mark.parametrize("case", ["plain", "lengths", "packed"])
+def test_losses_are_those_of_logits_and_drafts(drafting, case):
+    """The second loss reads the block as decoding applies it; packed documents get what each has alone."""
+    model, ids, _ = drafting
+    targets, keywords = random_ids(61, 2, 9, seed=4), {}
+    pieces = [(row, slice(0, 9)) for row in range(2)]
+    if case == "lengths":
+        keywords, pieces = {"lengths": [9, 4]}, [(0, slice(0, 9)), (1, slice(0, 4))]
+    elif case == "packed":
+        keywords = {"segment_ids": torch.tensor([[0] * 4 + [1] * 5, [0] * 9])}
+        pieces = [(0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 9))]
+    sums, count = torch.zeros(2, dtype=torch.float64), 0
+    with torch.no_grad():
+        for row, part in pieces:
+            x, y = ids[row : row + 1, part], targets[row : row + 1, part]
+            out = model(x)
+            drafts, *_ = model.draft(x, F.pad(out.hidden_BLD[:, :-1], (0, 0, 1, 0)))
+            sums += torch.stack([lm_loss(out.logits, y), lm_loss(drafts, y)]) * y.numel()
+            count += y.numel()
+    found = torch.stack(model.losses(ids, targets, **keywords))
+    assert error(found, sums / count) < 1e-12
+    assert found[0] == model.loss(ids, targets, **keywords)
+
+
+def test_losses_need_the_block():
+    model, ids = small_model("M*E"), random_ids(61, 2, 9)
+    with pytest.raises(ValueError, match="no MTP block"):
+        model.losses(ids, ids)
+
+
 @torch.no_grad()
 def test_draft_has_logits_hidden_and_a_state(drafting):
     model, ids, before = drafting

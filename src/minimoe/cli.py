@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .commands import UserError
-from .config import ConfigError
+from .errors import MinimoeError
 
 COMMANDS = {
     "doctor": "check this machine, and say what would mend it",
     "inspect": "parameters and state of a model, from its shape",
+    "train": "train a small model on text that is already here",
+    "generate": "continue a text with a model",
+    "export": "the same weights for another program: a directory to GGUF, or back",
 }
 
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (`minimoe ... | head`); point what is still buffered at nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell reports for a program that SIGPIPE ended
-    except (UserError, ConfigError) as error:
+    except MinimoeError as error:
         return _fail(error)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)

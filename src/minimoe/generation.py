@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .model import HybridLM, Output
 from .state import HybridState
+from .thinking import ThinkingBudget
 
 PREFILL_TOKENS = 2048  # a call; longer ones cost memory and, on a CPU, caches
 
@@ -55,6 +56,7 @@ def generate(
     stop: Iterable[int | Sequence[int]] = (),
     seed: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    thinking_budget: ThinkingBudget | None = None,
 ) -> Generation:
     """Continue each prompt.
 
@@ -64,6 +66,7 @@ def generate(
     stop            ids or id sequences that end a row; the config's end-of-text ids always do
     seed            row r draws from a generator of its own, seeded seed + r: other rows use up none of its numbers
     on_token        called as on_token(row, id) as soon as a token is known
+    thinking_budget closes each row's thought when it has become too long; the prompts end inside a thought
 
     Raises ValueError, in one line, for settings out of range and for prompts that are empty, hold ids outside
     the vocabulary, or do not fit the context.
@@ -78,6 +81,7 @@ def generate(
     start = time.perf_counter()
     out = prefill(model, rows)
     active, steps, prefill_s = list(range(len(rows))), [], None
+    forced: list[list[int]] = [[] for _ in rows]
     while True:
         logits_BV = out.logits[:, -1].float().cpu()  # waits for the device, so the clock below is honest
         now = time.perf_counter()
@@ -88,7 +92,12 @@ def generate(
         start = now
         keep = []
         for i, row in enumerate(active):
-            token = pick(logits_BV[i], temperature, top_p, top_k, generators[row])
+            if thinking_budget and not forced[row]:
+                forced[row] = list(thinking_budget.forced(new[row]))
+            if forced[row]:
+                token = forced[row].pop(0)
+            else:
+                token = pick(logits_BV[i], temperature, top_p, top_k, generators[row])
             new[row].append(token)
             if on_token:
                 on_token(row, token)

@@ -139,6 +139,27 @@ class HybridLM(nn.Module):
         ``targets`` [B, L] are already shifted (targets[b, t] is the token after ids[b, t]); -100 is ignored, and so
         is padding.
         """
+        return self._losses(ids, targets, lengths, segment_ids, mtp=False)[0]
+
+    def losses(
+        self, ids: Tensor, targets: Tensor,
+        lengths: Sequence[int] | Tensor | None = None, segment_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`loss`, and the same for the MTP block's guesses, from one pass through the trunk.
+
+        At position t the block reads the token ids[b, t] and the trunk's state of t - 1 (zeros at the start of a
+        sequence or document), and is asked for targets[b, t] as the trunk is: the trunk has seen one token more of
+        the past in its own state, so the second loss is the higher one. Raises ValueError without an MTP block.
+        """
+        self._check_mtp()
+        main, mtp = self._losses(ids, targets, lengths, segment_ids, mtp=True)
+        assert mtp is not None
+        return main, mtp
+
+    def _losses(
+        self, ids: Tensor, targets: Tensor, lengths: Sequence[int] | Tensor | None, segment_ids: Tensor | None,
+        mtp: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         self._check_ids(ids)
         if targets.shape != ids.shape:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape of ids {tuple(ids.shape)}")
@@ -146,6 +167,17 @@ class HybridLM(nn.Module):
         if span.valid_BL is not None:
             targets = targets.masked_fill(~span.valid_BL, -100)
         hidden_BLD, _ = self.model(ids, (None,) * len(self.model.layers), span)
+        main = self._head_loss(hidden_BLD, targets)
+        if not mtp:
+            return main, None
+        before_BLD = F.pad(hidden_BLD[:, :-1], (0, 0, 1, 0))
+        if span.first_key_BL is not None:  # packed documents: the last token of one is not the past of the next
+            first_BL = span.first_key_BL == torch.arange(ids.shape[1], device=ids.device)
+            before_BLD = before_BLD.masked_fill(first_BL[..., None], 0)
+        guess_BLD, _ = self.mtp(self.model.embeddings(ids), before_BLD, None, span)
+        return main, self._head_loss(guess_BLD, targets)
+
+    def _head_loss(self, hidden_BLD: Tensor, targets: Tensor) -> Tensor:
         hidden_TD, targets_T = hidden_BLD.flatten(0, 1), targets.flatten()
         total = at_least_float32(hidden_TD.new_zeros(()))
         rows = max(1, MAX_LOGIT_BYTES // (total.element_size() * self.config.vocab_size))
@@ -165,11 +197,14 @@ class HybridLM(nn.Module):
         hidden_BLD[:, p] belongs to the token before ids[:, p] (zeros before the first token): ``Output.hidden_BLD``
         on the first application, the returned hidden on later ones. Returns logits [B, L, V], hidden, KV state.
         """
-        if self.mtp is None:
-            raise ValueError("this model has no MTP block; set num_nextn_predict_layers=1 in its config")
+        self._check_mtp()
         self._check_ids(ids)
         hidden_BLD, state = self.mtp(self.model.embeddings(ids), hidden_BLD, state)
         return at_least_float32(self.lm_head(hidden_BLD)), hidden_BLD, state
+
+    def _check_mtp(self) -> None:
+        if self.mtp is None:
+            raise ValueError("this model has no MTP block; set num_nextn_predict_layers=1 in its config")
 
     def _check_state(self, state: HybridState | None) -> None:
         if state is None:

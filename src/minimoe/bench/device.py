@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from ..errors import MinimoeError
 from .host import describe_host, last_level_cache_bytes, memory_bytes, nvidia_gpus
 
 MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,21 @@ class DeviceReport:
 def default_device() -> torch.device:
     """CUDA if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of a name such as "cpu" or "cuda:1", or :func:`default_device` for None.
+
+    Raises MinimoeError if this machine or this build of torch does not have it.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MinimoeError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def describe(device: str | torch.device | None = None) -> dict[str, Any]:
