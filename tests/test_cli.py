@@ -57,13 +57,24 @@ def test_inspect_text(capsys):
         assert figure in out
 
 
+def test_inspect_shows_sliding_windows_apart(capsys):
+    assert cli.main(["inspect", "step-3.7-flash"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("KV, each token 48 KiB", "KV, full sliding windows 66 MiB", "KV, 8,192 tokens 450 MiB"):
+        assert line in lines
+    assert cli.main(["inspect", "qwen3-30b-a3b"]) == 0
+    assert "sliding" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", catalog.models())
 def test_inspect_json_of_every_model(name, capsys):
     assert cli.main(["inspect", name, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     count = count_parameters(catalog.model(name).spec)
     assert figures["parameters"]["total"] == count.total and figures["parameters"]["mtp"] == count.mtp
-    assert figures["state"]["kv_bytes"]["32768"] == 32_768 * figures["state"]["kv_bytes_per_token"]
+    state = figures["state"]
+    assert state["kv_bytes"]["32768"] == 32_768 * state["kv_bytes_per_token"] + state["kv_window_bytes"]
+    assert (state["kv_window_bytes"] > 0) == (name == "step-3.7-flash")
     assert figures["source"] == catalog.model(name).source
 
 

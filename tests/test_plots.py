@@ -96,6 +96,25 @@ def test_bound_bars_heat():
     assert fig.axes[1].get_ylabel() == "weight [1]"
 
 
+def test_strips_draw_every_block_in_order():
+    rows = {"one": [("a", 0.9), ("b", 0.3), ("a", 0.9)], "two": [("b", 0.6)]}
+    fig, ax = plots.strips(rows, {"a": "blue", "b": "orange", "c": "sky"}, "block", "model")
+    found = sorted((round(b.get_x() + b.get_width() / 2), b.get_y(), b.get_height()) for b in ax.patches)
+    assert [(x, round(y + h / 2), round(h, 6)) for x, y, h in found] == [(0, 0, 0.9), (0, 1, 0.6), (1, 0, 0.3), (2, 0, 0.9)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "two"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["a", "b"]  # only what is drawn
+
+
+def test_stacked_shares_fill_a_row_and_are_written_where_they_fit():
+    _, ax = plots.figure("share [%]", "model")
+    plots.stacked(ax, {"x": {"a": 30, "b": 10}, "y": {"b": 1, "a": 19}}, {"a": "blue", "b": "sky"})
+    widths = [round(b.get_width(), 6) for b in ax.patches]
+    assert widths == [75, 25, 95, 5]
+    assert [b.get_x() for b in ax.patches] == [0, 75, 0, 95]
+    assert [t.get_text() for t in ax.texts] == ["75", "25", "95"]
+    assert ax.get_legend_handles_labels()[1] == ["a", "b"]
+
+
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_same_bytes(kind):
     def draw() -> bytes:

@@ -119,8 +119,7 @@ def bars(
     for name, at in (marks or {}).items():
         i = names.index(name)
         ax.plot([at, at], [i - 0.4, i + 0.4], color=COLORS["vermillion"], linestyle="-", marker="", linewidth=2.2)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    _named_rows(ax, values)
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.12)
     return fig, ax
@@ -136,3 +135,49 @@ def heat(matrix: Any, xlabel: str, ylabel: str, *, value: str, title: str = "", 
     fig.colorbar(image, ax=ax, label=value)
     ax.grid(False)
     return fig, ax
+
+
+def strips(rows: Mapping[str, Sequence[tuple[str, float]]], colors: Mapping[str, str], xlabel: str, ylabel: str, **kwargs: Any):
+    """``fig, ax`` with a row for each name: a thin upright bar for each ``(kind, height)``, in order.
+
+    ``height`` is a part of the row, 0 to 1. ``colors`` maps each kind to a name of :data:`COLORS` and gives the
+    legend's order. ``kwargs`` go to :func:`figure`.
+    """
+    from matplotlib.patches import Patch
+
+    fig, ax = figure(xlabel, ylabel, **kwargs)
+    for row, bars in enumerate(rows.values()):
+        for kind in dict.fromkeys(kind for kind, _ in bars):
+            at, heights = zip(*((i, height) for i, (k, height) in enumerate(bars) if k == kind))
+            ax.bar(at, heights, 0.8, [row - height / 2 for height in heights], color=COLORS[colors[kind]])
+    _named_rows(ax, rows)
+    ax.grid(False)
+    used = {kind for bars in rows.values() for kind, _ in bars}
+    handles = [Patch(color=COLORS[color], label=kind) for kind, color in colors.items() if kind in used]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1, columnspacing=1.2)
+    return fig, ax
+
+
+def stacked(ax: Any, rows: Mapping[str, Mapping[str, float]], colors: Mapping[str, str], *, least: float = 0.09) -> None:
+    """Horizontal bars of shares in percent, a row for each name, its parts side by side in the order of ``colors``.
+
+    ``colors`` maps each part to a name of :data:`COLORS`. Parts from ``least`` of a row on have their percent inside.
+    """
+    for row, parts in enumerate(rows.values()):
+        left, total = 0.0, sum(parts.values())
+        for part, color in colors.items():
+            share = 100 * parts.get(part, 0) / total
+            ax.barh(row, share, 0.66, left, color=COLORS[color], edgecolor="white", linewidth=0.8, label="" if row else part)
+            if share >= 100 * least:
+                ink = "black" if color in ("orange", "sky", "purple") else "white"
+                ax.text(left + share / 2, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=9)
+            left += share
+    _named_rows(ax, rows)
+    ax.set_xlim(0, 100)
+    ax.grid(axis="y", visible=False)
+
+
+def _named_rows(ax: Any, rows: Mapping[str, Any]) -> None:
+    """Names at the left, the first row on top."""
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.invert_yaxis()

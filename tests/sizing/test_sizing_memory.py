@@ -17,7 +17,11 @@ KNOWN = {
     "nemotron-3-ultra-550b-a55b": (12_288, 96 * MIB, 384 * MIB, 1536 * MIB, 384 * MIB),
     "nemotron-3-nano-4b": (16_384, 128 * MIB, 512 * MIB, 2 * GIB, 315 * MIB // 4),
     "nemotron-nano-9b-v2": (16_384, 128 * MIB, 512 * MIB, 2 * GIB, 135 * MIB),
+    "nemotron-3.5-lightning-30b-a3b": (6_144, 48 * MIB, 192 * MIB, 768 * MIB, 46 * MIB),
+    "nemotron-labs-3-puzzle-75b-a9b": (8_192, 64 * MIB, 256 * MIB, 1 * GIB, 120 * MIB),
     "qwen3-30b-a3b": (98_304, 768 * MIB, 3 * GIB, 12 * GIB, 0),
+    "qwen3-nemotron-235b-a22b-genrm": (192_512, 1504 * MIB, 6016 * MIB, 24_064 * MIB, 0),
+    "step-3.7-flash": (49_152, 450 * MIB, 1602 * MIB, 6210 * MIB, 0),
 }
 
 
@@ -54,8 +58,7 @@ def test_full_attention_of_an_older_model():
 
 def test_tokens_beyond_a_window_cost_nothing():
     """Step-3.7-Flash: 12 full layers, 33 with a window of 512."""
-    blocks = (Attention(64, 8, 128),) * 12 + (Attention(96, 8, 128, sliding_window=512),) * 33
-    spec = ArchitectureSpec("step", 128_896, 4096, blocks)
+    spec = catalog.model("step-3.7-flash").spec
     at = {tokens: state_bytes(spec, tokens) for tokens in (511, 512, 513, 8_192)}
     assert at[511].kv_per_token == 45 * 4_096
     assert at[512].kv_per_token == at[8_192].kv_per_token == 49_152

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimoe import HybridConfig, catalog
-from minimoe.catalog import MLP, MTP, ArchitectureSpec, Attention, MoE
+from minimoe.catalog import MLP, ArchitectureSpec, Attention, MoE
 from minimoe.sizing import count_parameters
 
 # total, active, with head, with embeddings, MTP; three sources count the MTP block in, hence the differences
@@ -19,7 +19,12 @@ KNOWN = {
     "nemotron-nano-9b-v2": (8_888_227_328, 7_713_822_208, 8_301_024_768, 8_888_227_328, 0),
     "nemotron-3.5-lightning-30b-a3b": (
         31_577_940_288, 2_875_433_280, 3_227_754_816, 3_580_076_352, 32_913_266_240 - 31_577_940_288),
+    "nemotron-labs-3-puzzle-75b-a9b": (
+        75_353_345_024, 8_263_355_392, 8_800_226_304, 9_337_097_216, 123_611_033_088 - 120_668_707_840),
     "qwen3-30b-a3b": (61_064_245_248 // 2, 2_730_702_848, 3_041_867_776, 3_353_032_704, 0),
+    "qwen3-nemotron-235b-a22b-genrm": (235_093_634_560, 20_946_103_808, 21_568_433_664, 22_190_763_520, 0),
+    "step-3.7-flash": (
+        196_956_130_368, 10_931_407_936, 11_459_365_952, 11_987_323_968, 197_800_427_328 - 196_956_130_368),
 }  # fmt: skip
 
 
@@ -46,23 +51,31 @@ def test_routed_experts_dominate():
     assert count.by_kind["router"] == 40 * 512 * (4096 + 1)
 
 
-def step_flash():
-    """Step-3.7-Flash's text: sliding windows, head gates, gated experts, dense first layers, three MTPs."""
-    full = Attention(64, 8, 128, qk_norm=True, head_gate=True)
-    sliding = Attention(96, 8, 128, sliding_window=512, qk_norm=True, head_gate=True)
-    dense, moe = MLP(11_264, gated=True), MoE(288, 8, 1280, gated=True, shared_width=1280, router_bias=True)
-    blocks = []
-    for layer in range(45):
-        blocks += [sliding if layer % 4 else full, moe if layer >= 3 else dense]
-    return ArchitectureSpec("step", 128_896, 4096, tuple(blocks), mtp=(MTP((sliding, dense)),) * 3)
-
-
-def test_other_families_can_be_expressed():
-    """The checkpoint of Step-3.5-Flash has 395,600,878,848 bytes: bfloat16, with float32 router biases."""
-    count = count_parameters(step_flash())
-    assert count.total == 196_956_130_368
-    assert (count.active, count.active_with_head) == (10_931_407_936, 11_459_365_952)
+def test_step_flash_against_the_bytes_of_its_checkpoint():
+    """801 tensors that hold trunk and MTP without their heads: bfloat16, with float32 router biases."""
+    count = count_parameters(catalog.model("step-3.7-flash").spec)
     assert 2 * (count.total + count.mtp) + 2 * 42 * 288 == 395_600_878_848
+
+
+def test_step_and_qwen_against_transformers():
+    """Built without weights: the same numbers of tensors' elements, from code that shares nothing with ours."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
+
+    kinds = ["sliding_attention" if layer % 4 else "full_attention" for layer in range(45)]
+    step = transformers.Step3p7TextConfig(
+        vocab_size=128_896, layer_types=kinds, sliding_window=512, num_sliding_attention_heads=96
+    )
+    qwen = transformers.Qwen3MoeConfig(
+        vocab_size=151_936, hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, head_dim=128,
+        num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+    )  # fmt: skip
+    with torch.device("meta"):
+        trunk, model = Step3p7TextModel(step), transformers.Qwen3MoeForCausalLM(qwen)
+    sizes = [sum(t.numel() for t in m.state_dict().values()) for m in (trunk, model)]
+    head = 128_896 * 4096  # Step's text model has none, its multimodal wrapper does
+    found = [count_parameters(catalog.model(n).spec) for n in ("step-3.7-flash", "qwen3-nemotron-235b-a22b-genrm")]
+    assert [count.total for count in found] == [sizes[0] + head, sizes[1]]
 
 
 def test_tied_embeddings_count_once():

@@ -176,23 +176,29 @@ def spec_from_config(config: HybridConfig, name: str = "nemotron_h") -> Architec
 def spec_from_dict(name: str, data: Mapping[str, Any]) -> ArchitectureSpec:
     """Read a spec from the catalogue's own JSON.
 
-    ``layers`` is a list of ``{"times": n, "blocks": [{"kind": "attention", ...}, ...]}``, ``mtp`` a list of
-    ``{"blocks": [...]}``; the other keys are the fields of :class:`ArchitectureSpec`.
+    ``layers`` is a list of ``{"times": n, "blocks": [block, ...]}``, ``mtp`` a list of ``{"blocks": [...]}``; the
+    other keys are the fields of :class:`ArchitectureSpec`. A block is ``{"kind": "attention", ...}`` with the
+    fields of its class, the name of an entry of ``shapes``, or ``{"like": name, ...}``: that entry with changes.
     """
+    shapes = data.get("shapes", {})
     blocks: list[Block] = []
     for group in data["layers"]:
-        blocks += _blocks(group["blocks"]) * group.get("times", 1)
+        blocks += _blocks(group["blocks"], shapes) * group.get("times", 1)
     return ArchitectureSpec(
         name, data["vocab_size"], data["hidden_size"], tuple(blocks),
         tied_embeddings=data.get("tied_embeddings", False),
-        mtp=tuple(MTP(tuple(_blocks(module["blocks"]))) for module in data.get("mtp", ())),
+        mtp=tuple(MTP(tuple(_blocks(module["blocks"], shapes))) for module in data.get("mtp", ())),
         context=data.get("context"),
     )  # fmt: skip
 
 
-def _blocks(items: Sequence[Mapping[str, Any]]) -> list[Block]:
-    sizes = [{key: value for key, value in item.items() if key != "kind"} for item in items]
-    return [KINDS[item["kind"]](**size) for item, size in zip(items, sizes, strict=True)]
+def _blocks(items: Sequence[str | Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    blocks: list[Block] = []
+    for item in items:
+        fields = dict(shapes[item]) if isinstance(item, str) else {**shapes.get(item.get("like"), {}), **item}
+        fields.pop("like", None)
+        blocks.append(KINDS[fields.pop("kind")](**fields))
+    return blocks
 
 
 def as_spec(model: ArchitectureSpec | HybridConfig) -> ArchitectureSpec:

@@ -30,14 +30,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(name: str) -> dict[str, Any]:
-    """Sizes of a catalogue model, a preset or a config file. Bytes are bytes; state is for one sequence."""
+    """Sizes of a catalogue model, a preset or a config file. Bytes are bytes; state is for one sequence.
+
+    ``kv_bytes_per_token`` is what a token adds at the longest context, ``kv_window_bytes`` what layers with a
+    sliding window hold by then: KV of n tokens is n times the one plus the other.
+    """
     spec, published, source = _find(name)
     parameters = count_parameters(spec)
     claimed = published.get("claimed_context")
     longest = max(spec.context or 0, claimed.value if claimed else 0)
     at = {tokens: state_bytes(spec, tokens) for tokens in CONTEXTS if tokens <= longest}
     at[longest] = state_bytes(spec, longest)
-    empty = state_bytes(spec, 0)
+    full = at[longest]  # sliding windows, if there are any, are filled
     return {
         "name": spec.name,
         "source": source,
@@ -48,11 +52,12 @@ def inspect(name: str) -> dict[str, Any]:
         "parameters": dataclasses.asdict(parameters),
         "state": {
             "kv_dtype": "float16",
-            "kv_bytes_per_token": empty.kv_per_token,
+            "kv_bytes_per_token": full.kv_per_token,
+            "kv_window_bytes": full.kv - longest * full.kv_per_token,
             "kv_bytes": {str(tokens): state.kv for tokens, state in at.items()},
             "ssm_dtype": "float32",
-            "ssm_bytes": empty.ssm,
-            "conv_bytes": empty.conv,
+            "ssm_bytes": full.ssm,
+            "conv_bytes": full.conv,
         },
         "published": {key: dataclasses.asdict(figure) for key, figure in published.items()},
     }
@@ -92,6 +97,7 @@ def _read_config(path: Path) -> HybridConfig:
 
 def _text(figures: dict[str, Any]) -> str:
     parameters, state = figures["parameters"], figures["state"]
+    windows = state["kv_window_bytes"]
     blocks = ", ".join(f"{number} {kind}" for kind, number in figures["blocks"].items())
     lines = [
         figures["name"],
@@ -107,6 +113,7 @@ def _text(figures: dict[str, Any]) -> str:
         _row("MTP, not in the total", parameters["mtp"]),
         "state of one sequence (KV float16, the rest float32)",
         _row("KV, each token", _bytes(state["kv_bytes_per_token"])),
+        *([_row("KV, full sliding windows", _bytes(windows))] if windows else []),
         *(_row(f"KV, {int(tokens):,} tokens", _bytes(size)) for tokens, size in state["kv_bytes"].items()),
         _row("SSM", _bytes(state["ssm_bytes"])),
         _row("convolution", _bytes(state["conv_bytes"])),
