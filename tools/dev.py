@@ -9,7 +9,9 @@
     test-full             everything: slow tests, every page at every size and theme, stale outputs
 
 With --here the commands use the Python that runs this file (a conda environment, say) and install nothing.
-MINIMOE_EXTRAS="llama bnb" installs these extras as well. Standard library only: it runs before anything is installed.
+llama-cpp-python is compiled (about five minutes on two cores); where that fails, the chapters say what is missing.
+MINIMOE_EXTRAS names extras to install as well ("bnb", say), "-llama" among them leaves llama-cpp-python out, and
+"llama" makes its failure ours. Standard library only: it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import venv
 from common import ROOT, notebook_env
 
 EXTRAS = ("book", "run", "grade", "dev")
+LLAMA = "llama"
 OLDEST, NEWEST = (3, 11), (3, 13)
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -79,8 +82,9 @@ def install() -> str:
     """Make .venv and install the book into it, unless that is done. Its Python's path."""
     folder = ROOT / ".venv"
     python, mark = venv_python(folder), folder / "minimoe-installed"
-    extras = (*EXTRAS, *os.environ.get("MINIMOE_EXTRAS", "").replace(",", " ").split())
-    wanted = stamp(extras)
+    asked = os.environ.get("MINIMOE_EXTRAS", "").replace(",", " ").split()
+    extras = (*EXTRAS, *(e for e in asked if e not in (LLAMA, f"-{LLAMA}")))
+    wanted = stamp((*EXTRAS, *asked))
     if mark.exists() and mark.read_text() == wanted and python.exists():
         return str(python)
     if not python.exists() or subprocess.run([python, "-c", "import pip"], capture_output=True).returncode:
@@ -97,9 +101,44 @@ def install() -> str:
         python, "-m", "pip", "install", "-q", "--disable-pip-version-check",
         "-c", "constraints.txt", "-e", f".[{','.join(extras)}]",
     )  # fmt: skip
+    if f"-{LLAMA}" not in asked:
+        install_llama(python, must=LLAMA in asked)
     mark.write_text(wanted)
     print(f"installed in {time.perf_counter() - start:.0f} s", flush=True)
     return str(python)
+
+
+def install_llama(python: pathlib.Path, must: bool) -> None:
+    """Build llama-cpp-python. Without a compiler the book is whole but for the cells that run llama.cpp."""
+    log = ROOT / "_build" / "llama-cpp-python.log"
+    log.parent.mkdir(exist_ok=True)
+    env = dict(os.environ)
+    env.setdefault("CMAKE_ARGS", llama_options(cpu_flags()))
+    print("building llama-cpp-python: about five minutes on two cores", flush=True)
+    with open(log, "w", encoding="utf-8") as out:
+        command = [
+            str(python), "-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt",
+            "-e", f".[{LLAMA}]",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT).returncode == 0
+    if not done and must:
+        raise Stop(f"llama-cpp-python could not be built; {log.relative_to(ROOT)} says why")
+    if not done:
+        print(f"llama-cpp-python could not be built ({log.relative_to(ROOT)} says why): going on without it", flush=True)
+
+
+def cpu_flags() -> str:
+    """What the processor can do, as Linux lists it; empty elsewhere."""
+    try:
+        return pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def llama_options(flags: str) -> str:
+    """CMake options. gcc 12 compiles ggml's AMX code so that quantised prompts die with SIGILL
+    (ggml-org/llama.cpp#26954), so a processor with AMX gets the portable build; LLaVA is not used."""
+    return "-DLLAVA_BUILD=OFF" + (" -DGGML_NATIVE=OFF" if "amx_int8" in flags else "")
 
 
 def chapters(wanted: list[str]) -> list[str]:

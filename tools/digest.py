@@ -1,7 +1,8 @@
 """A short hash of everything that a notebook's stored outputs depend on.
 
 It covers the code cells with their tags, the minimoe modules that they import (and the modules those import), the
-data files beside these modules, the pins of the packages involved, and the files under results/ that a cell names.
+data files beside these modules, the pins of the packages involved, the files under results/ that a cell names, and
+checkpoints/ if a cell speaks of it.
 Comments and docstrings of the package may change freely: they cannot change an output.
 """
 
@@ -18,6 +19,7 @@ from common import ROOT
 PACKAGE = "minimoe"
 # where the name that one imports is not the name that one installs
 DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+DATA = ("*.json", "*.txt", "*.jinja")
 ALWAYS = ("ipykernel", "ipython", "nbclient")
 
 
@@ -152,7 +154,7 @@ def pins(root: pathlib.Path = ROOT) -> dict[str, str]:
 
 def digest(nb: dict, root: pathlib.Path = ROOT) -> str:
     """16 hex digits that change when the stored outputs of `nb` may have become wrong."""
-    walker, h, results = Walker(root / "src"), hashlib.sha256(), set()
+    walker, h, results, weights = Walker(root / "src"), hashlib.sha256(), set(), False
 
     def feed(*parts: str | bytes) -> None:
         for p in parts:
@@ -168,12 +170,13 @@ def digest(nb: dict, root: pathlib.Path = ROOT) -> str:
             walker.scan(parse_cell(source))
         except SyntaxError:
             pass  # the cell's text is in the hash, and running it will say what is wrong
+        weights = weights or "checkpoints" in source
         results.update(re.findall(r"[\w-]+\.json", source + " " + str(meta.get("minimoe", {}).get("card", ""))))
     for name in sorted(walker.modules):
         path = walker.modules[name]
         feed("module", name, code_fingerprint(path.read_text(encoding="utf-8")))
         if path.name == "__init__.py":
-            for data in sorted(path.parent.glob("*.json")):
+            for data in sorted(p for pattern in DATA for p in path.parent.glob(pattern)):
                 feed("data", data.name, data.read_bytes().replace(b"\r\n", b"\n"))
     pinned = pins(root)
     used = {DISTRIBUTIONS.get(m, m).lower().replace("_", "-") for m in walker.outside} | set(ALWAYS)
@@ -182,4 +185,7 @@ def digest(nb: dict, root: pathlib.Path = ROOT) -> str:
     for name in sorted(results):
         for path in sorted((root / "results").rglob(name)):
             feed("result", name, path.read_bytes().replace(b"\r\n", b"\n"))
+    for path in sorted((root / "checkpoints").rglob("*")) if weights else ():
+        if path.suffix in (".safetensors", ".json", ".gguf", ".jinja"):
+            feed("weights", path.relative_to(root).as_posix(), path.read_bytes())
     return h.hexdigest()[:16]

@@ -390,3 +390,16 @@ def test_what_transformers_cannot_compute_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="n_routed_experts") as caught:
         save_hf(model_of(n_routed_experts=1, num_experts_per_tok=1), tmp_path / "saved")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_shards_are_small_and_read_alike_by_both(tmp_path):
+    """The limit is of tensor bytes; a file has a header of some kilobytes more."""
+    model = small_model("MEM*E", dtype=torch.float32)
+    save_hf(model, tmp_path / "whole")
+    save_hf(model, tmp_path / "shards", max_shard_bytes=30_000)
+    files = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 40_000
+    ours, theirs = load_hf(tmp_path / "shards"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    for name, tensor in load_hf(tmp_path / "whole").state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+        assert torch.equal(theirs.state_dict()[name], tensor)

@@ -99,6 +99,28 @@ def test_the_stamp_follows_what_is_installed(monkeypatch, tmp_path):
     assert dev.stamp(("book",)) != before
 
 
+def test_a_processor_with_amx_gets_the_portable_llama():
+    assert "-DGGML_NATIVE=OFF" in dev.llama_options("flags : avx2 amx_bf16 amx_tile amx_int8")
+    assert "NATIVE" not in dev.llama_options("flags : avx2 avx512f") and "NATIVE" not in dev.llama_options("")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for pip")
+@pytest.mark.parametrize("must", [False, True])
+def test_without_a_compiler_the_rest_is_installed(monkeypatch, tmp_path, capsys, must):
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$CMAKE_ARGS: no compiler"; exit 1\n')
+    python.chmod(0o755)
+    if must:
+        with pytest.raises(dev.Stop, match="could not be built"):
+            dev.install_llama(python, must=True)
+    else:
+        dev.install_llama(python, must=False)
+        out = capsys.readouterr().out
+        assert out.splitlines()[-1].startswith("llama-cpp-python could not be built (_build/llama-cpp-python.log")
+    assert "LLAVA_BUILD=OFF: no compiler" in (tmp_path / "_build/llama-cpp-python.log").read_text().replace(" -DGGML_NATIVE=OFF", "")
+
+
 def test_runs_without_anything_installed():
     """dev.py is what installs, so it may import only the standard library."""
     r = subprocess.run([sys.executable, "-S", "-E", str(ROOT / "tools/dev.py"), "--help"], capture_output=True, text=True)

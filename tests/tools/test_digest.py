@@ -85,6 +85,19 @@ def test_data_and_results_count(repo):
     assert not changes(repo, nb("1"), "results/02.json", "[1]")
 
 
+def test_the_weights_count_where_a_cell_speaks_of_them(repo):
+    (repo / "checkpoints/small").mkdir(parents=True)
+    (repo / "checkpoints/small/model.safetensors").write_text("1")
+    assert changes(repo, nb("load('checkpoints/small')"), "checkpoints/small/model.safetensors", "2")
+    assert not changes(repo, nb("1"), "checkpoints/small/model.safetensors", "3")
+    assert not changes(repo, nb("load('checkpoints/small')"), "checkpoints/small/README.md", "words")
+
+
+def test_other_data_files_count(repo):
+    (repo / "src/minimoe/catalog/words.txt").write_text("a")
+    assert changes(repo, nb("from minimoe import catalog"), "src/minimoe/catalog/words.txt", "b")
+
+
 def test_cells_and_tags_count(repo):
     a = dg.digest(nb("1", "2"), repo)
     assert len({a, dg.digest(nb("12"), repo), dg.digest(nb("1", "3"), repo), dg.digest(nb("1", "2", tags=["x"]), repo)}) == 4

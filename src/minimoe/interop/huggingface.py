@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import HybridConfig
+from ..errors import MinimoeError
 from ..model import HybridLM
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -30,7 +31,7 @@ _EXPERT = re.compile(r"^(?P<stack>.*\.experts)\.(?P<number>\d+)\.(?P<side>up_pro
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MinimoeError):
     """A checkpoint that cannot be read or written; the message says which file or tensor, and what to do."""
 
 
@@ -74,8 +75,10 @@ def load_hf(
     return model
 
 
-def save_hf(model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-    """Write config.json and model.safetensors so that ``transformers.AutoModelForCausalLM`` opens them unpatched.
+def save_hf(
+    model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any = None, max_shard_bytes: int | None = None
+) -> None:
+    """Write config.json and model.safetensors (in shards of at most ``max_shard_bytes``) so that ``transformers.AutoModelForCausalLM`` opens them unpatched.
 
     transformers 5.23 clamps dt at ``time_step_min`` while reading a prompt, and the released models do not
     (huggingface/transformers#48989); so 0.0 is written there and our value under ``minimoe_time_step_min``.
@@ -100,16 +103,32 @@ def save_hf(model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any =
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        tensors = dict(_split_names(model.state_dict()))
-        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        files = _write_weights(dict(_split_names(model.state_dict())), fresh, max_shard_bytes)
         (fresh / CONFIG).write_text(json.dumps(_config_for_transformers(model), indent=1) + "\n", encoding="utf-8")
         if save_tokenizer is not None:
             save_tokenizer(str(fresh))
-        fresh.chmod(0o755)  # mkdtemp makes it private, and save_file its file
-        (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode & 0o777)
+        fresh.chmod(0o755)  # mkdtemp makes it private, and save_file its files
+        for file in files:
+            file.chmod((fresh / CONFIG).stat().st_mode & 0o777)
         _swap(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_weights(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: int | None) -> list[Path]:
+    """One file, or shards with their index; returns the files of weights."""
+    if max_shard_bytes is None:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        return [directory / WEIGHTS]
+    from huggingface_hub import split_torch_state_dict_into_shards  # comes with transformers
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return [directory / file for file in split.filename_to_tensors]
 
 
 def _config_for_transformers(model: HybridLM) -> dict[str, Any]:
