@@ -57,3 +57,10 @@ def pytest_make_collect_report(collector):
 @pytest.fixture(autouse=True)
 def _predictions_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("MINIMOE_PREDICTIONS", str(tmp_path / "predictions.json"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _builds_elsewhere(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:  # what is known about this llama.cpp; one trial serves all tests
+        patch.setenv("MINIMOE_CACHE", str(tmp_path_factory.getbasetemp().parent / "minimoe-cache"))
+        yield

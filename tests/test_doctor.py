@@ -7,6 +7,7 @@ import pytest
 from minimoe import doctor
 from minimoe.doctor import engines, packages
 from minimoe.doctor.finding import PIP
+from minimoe.ggml import child
 
 CARD = {"name": "NVIDIA GeForce RTX 3060", "memory_bytes": 12 << 30, "driver": "550.54", "cuda": "12.4"}
 TORCH = {"version": "2.13.0+cu126", "cuda": "12.6", "available": True, "archs": ["sm_80", "sm_86", "sm_90"],
@@ -150,6 +151,62 @@ def test_llama(found, cards, compiler, level, text, command):
     assert finding.level == level
     assert text in finding.text
     assert command in finding.command and bool(command) == bool(finding.command)
+
+
+BUILD = {"version": "0.3.36", "offload": False}
+AMX, OTHER = engines.Death("SIGILL", True), engines.Death("SIGSEGV", False)
+
+
+@pytest.mark.parametrize(
+    ("death", "cards", "compiler", "words", "command"),
+    [
+        (AMX, [], "/usr/bin/cc", "dies in quantised prefill (SIGILL) on CPUs with AMX", "-DGGML_NATIVE=OFF"),
+        (AMX, [], "/usr/bin/cc", "gcc before 13", '--no-binary llama-cpp-python "llama-cpp-python>=0.3.36"'),
+        (AMX, [], "/usr/bin/cc", "minimoe turns those buffers off", "--force-reinstall --no-cache-dir"),
+        (AMX, [CARD], "/usr/bin/cc", "AMX", "llama-cpp-python/whl/cu124"),  # a build of one's own has no CUDA
+        (AMX, [], None, "AMX", "llama-cpp-python/whl/cpu"),
+        (OTHER, [], "/usr/bin/cc", "dies in quantised prefill (SIGSEGV): built for another CPU", "-DGGML_NATIVE=OFF"),
+    ],
+)
+def test_llama_that_dies_in_a_prompt(on_linux, death, cards, compiler, words, command):
+    finding = engines.check_llama(BUILD, cards, compiler, death, cpu_has_amx=True)
+    assert finding.level == "note" and words in finding.text and command in finding.command
+    assert ("turns those buffers off" in finding.text) == death.amx
+
+
+def test_llama_is_built_without_amx_where_the_cpu_has_it(monkeypatch):
+    flag, source = 'CMAKE_ARGS="-DGGML_NATIVE=OFF" ', 'pip install "llama-cpp-python>=0.3.36"'
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert engines.check_llama(None, [], "cc", cpu_has_amx=True).command == flag + PIP.removesuffix("pip install") + source
+        assert flag not in engines.check_llama(None, [], "cc", cpu_has_amx=False).command
+    monkeypatch.setattr(sys, "platform", "win32")  # neither cmd nor PowerShell reads NAME=value before a command
+    command = engines.check_llama(None, [], "cl", cpu_has_amx=True).command
+    assert command.startswith(PIP) and command.endswith("-C cmake.args=-DGGML_NATIVE=OFF")
+
+
+def test_llama_is_tried_in_a_child(monkeypatch):
+    """What happens here and now; and with children that really die."""
+    found = engines.try_llama()
+    assert found is None or found == engines.Death("SIGILL", True) and engines.amx.cpu_has_amx()
+    real = engines.amx.try_prefill
+
+    def dies(extra_buffers=True):
+        return child.run("os:abort", "prefill")
+
+    monkeypatch.setattr(engines.amx, "amx_compiled", lambda: True)
+    monkeypatch.setattr(engines.amx, "try_prefill", dies)
+    assert engines.try_llama() == engines.Death("SIGABRT", False)  # without the buffers too: it is not AMX
+    monkeypatch.setattr(engines.amx, "try_prefill", lambda extra_buffers=True: dies() if extra_buffers else real(False))
+    assert engines.try_llama() == engines.Death("SIGABRT", True)
+
+
+def test_llama_that_cannot_be_tried_is_not_accused(monkeypatch):
+    def refuses(extra_buffers=True):
+        return child.run("minimoe.ggml.header:check_magic", "prefill", path="/nowhere")
+
+    monkeypatch.setattr(engines.amx, "try_prefill", refuses)
+    assert engines.try_llama() is None
 
 
 @pytest.fixture

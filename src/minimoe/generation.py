@@ -15,21 +15,9 @@ from torch import Tensor
 from .model import HybridLM, Output
 from .state import HybridState
 from .thinking import ThinkingBudget
+from .timings import Timings
 
 PREFILL_TOKENS = 2048  # a call; longer ones cost memory and, on a CPU, caches
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall seconds of the prompt (up to the first token's logits) and of each later step, whole batch."""
-
-    prefill_s: float
-    step_s: list[float]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding steps a second: tokens a second of one row."""
-        return len(self.step_s) / sum(self.step_s) if self.step_s else float("nan")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from core_helpers import small_config
+
 from minimoe import HybridConfig, HybridLM
 from minimoe.data import Tokens
 from minimoe.train import TrainError, TrainOptions, evaluate, train, warmup_stable_decay

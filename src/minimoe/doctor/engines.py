@@ -1,7 +1,8 @@
 """torch and llama.cpp: is a build there, does it suit this machine, and which one would?
 
 Both are imported in a child process: a build for another CPU ends its process with an illegal instruction,
-which no ``except`` catches.
+which no ``except`` catches. llama.cpp also has to compute there, as some builds import well and die in the first
+prompt of a quantised file.
 """
 from __future__ import annotations
 
@@ -13,13 +14,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..ggml import amx
+from ..ggml.child import LlamaDied
+from ..ggml.library import LlamaError
 from .finding import PIP, Finding
 
 TORCH_WHEELS = "https://download.pytorch.org/whl"
 LLAMA_WHEELS = "https://abetlen.github.io/llama-cpp-python/whl"
 _FRESH = "--force-reinstall --no-cache-dir"
+_SOURCE = '"llama-cpp-python>=0.3.36"'
 
 _TORCH = """
 import json, torch
@@ -47,8 +52,33 @@ def examine_torch(cards: list[dict[str, Any]]) -> Finding:
     return check_torch(probe("torch", _TORCH), cards)
 
 
+class Death(NamedTuple):
+    """How a process ended ("SIGILL"), and whether it lives on without the buffers that use AMX."""
+
+    how: str
+    amx: bool
+
+
 def examine_llama(cards: list[dict[str, Any]]) -> Finding:
-    return check_llama(probe("llama_cpp", _LLAMA), cards, compiler())
+    found = probe("llama_cpp", _LLAMA)
+    death = try_llama() if isinstance(found, dict) else None
+    return check_llama(found, cards, compiler(), death, amx.cpu_has_amx())
+
+
+def try_llama() -> Death | None:
+    """How the prompt of a quantised file ends llama.cpp in a child process; None if it does not, or cannot be tried."""
+    try:
+        amx.try_prefill()
+        return None
+    except LlamaDied as death:
+        how = death.how
+    except LlamaError:
+        return None
+    try:
+        amx.try_prefill(extra_buffers=False)
+        return Death(how, amx.amx_compiled())
+    except LlamaError:
+        return Death(how, False)
 
 
 def probe(module: str, code: str, timeout: float = 180) -> dict[str, Any] | str | None:
@@ -151,19 +181,35 @@ def compiler() -> str | None:
 
 
 def check_llama(
-    found: dict[str, Any] | str | None, cards: list[dict[str, Any]], compiler: str | None
+    found: dict[str, Any] | str | None, cards: list[dict[str, Any]], compiler: str | None, death: Death | None = None,
+    cpu_has_amx: bool = False,
 ) -> Finding:
     topic = "llama-cpp-python"
     build = "cpu" if not cards else "cu130" if _driver_is_13(cards) else "cu124"
     wheel = f"{PIP} --prefer-binary llama-cpp-python --extra-index-url {LLAMA_WHEELS}/{build}"
     if found is None:
         tools = "" if compiler else ", and no C compiler to build it with"
-        command = wheel if cards or compiler is None else f'{PIP} "llama-cpp-python>=0.3.36"'
+        source = f"{PIP} {_SOURCE}"
+        command = wheel if cards or compiler is None else _without_native(source) if cpu_has_amx else source
         return Finding("note", topic, f"not installed{tools}; the last chapters need it", command)
     again = wheel.replace("--prefer-binary", f"{_FRESH} --prefer-binary")
     if isinstance(found, str):
         return Finding("note", topic, found, again)
     version = found["version"]
+    if death:
+        rebuilt = _without_native(f"{PIP} {_FRESH} --no-deps --no-binary llama-cpp-python {_SOURCE}")
+        text = f"{version}, dies in quantised prefill ({death.how}): built for another CPU"
+        if death.amx:
+            text = (f"{version}, dies in quantised prefill ({death.how}) on CPUs with AMX, which gcc before 13 compiles "
+                    "wrongly; minimoe turns those buffers off, other programs do not")
+        return Finding("note", topic, text, again if cards or compiler is None else rebuilt)
     if cards and not found["offload"]:
         return Finding("note", topic, f"{version}, a CPU build: leaves the {cards[0]['name']} idle", again)
     return Finding("ok", topic, f"{version}, {'with' if found['offload'] else 'without'} GPU offload")
+
+
+def _without_native(command: str) -> str:
+    """The pip command, building for any CPU of the last ten years (AVX2) instead of exactly this one."""
+    if sys.platform == "win32":  # cmd and PowerShell set variables differently; pip 23.1 needs none
+        return f"{command} -C cmake.args=-DGGML_NATIVE=OFF"
+    return f'CMAKE_ARGS="-DGGML_NATIVE=OFF" {command}'

@@ -78,7 +78,8 @@ def load_hf(
 def save_hf(
     model: HybridLM, directory: str | os.PathLike[str], tokenizer: Any = None, max_shard_bytes: int | None = None
 ) -> None:
-    """Write config.json and model.safetensors (in shards of at most ``max_shard_bytes``) so that ``transformers.AutoModelForCausalLM`` opens them unpatched.
+    """Write config.json and model.safetensors so that ``transformers.AutoModelForCausalLM`` opens them unpatched.
+    With ``max_shard_bytes`` the weights are in several files, none with more bytes of tensors, and an index.
 
     transformers 5.23 clamps dt at ``time_step_min`` while reading a prompt, and the released models do not
     (huggingface/transformers#48989); so 0.0 is written there and our value under ``minimoe_time_step_min``.
