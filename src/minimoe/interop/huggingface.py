@@ -52,7 +52,7 @@ def load_hf(
         raise CheckpointError(f"dtype={dtype!r}: must be a torch dtype such as torch.bfloat16")
     directory = Path(directory)
     config = _read_config(directory)
-    picked = _pick_layers(config, layers)
+    picked = pick_layers(config, layers)
     if picked is not None:
         pattern = "".join(config.hybrid_override_pattern[i] for i in picked)
         config = config.replace(hybrid_override_pattern=pattern, num_nextn_predict_layers=0)
@@ -189,7 +189,8 @@ def _read_config(directory: Path) -> HybridConfig:
     return HybridConfig.from_dict(config)
 
 
-def _pick_layers(config: HybridConfig, layers: int | Sequence[int] | None) -> list[int] | None:
+def pick_layers(config: HybridConfig, layers: int | Sequence[int] | None) -> list[int] | None:
+    """The indices that ``layers`` asks for: a number, a list, or None for all of them (then None)."""
     if layers is None:
         return None
     try:
