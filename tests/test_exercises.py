@@ -42,3 +42,12 @@ def test_wrong_numbers_shapes_errors_and_nan_are_one_line_each(capsys):
 def test_a_small_error_fails(capsys):
     assert not check(lambda x: x * 1.001, [((1.0,), 1.0)])
     assert check(lambda x: x * 1.001, [((1.0,), 1.0)], rtol=1e-2)
+
+
+def test_whole_numbers_are_printed_in_full(capsys):
+    total = 120_668_707_840
+    assert not check(lambda: total + 1, [((), total)], rtol=0, atol=0)
+    assert not check(lambda: np.inf, [((), np.nan)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "expected 120,668,707,840, got 120,668,707,841" in lines[0]
+    assert "expected nan, got inf" in lines[1]

@@ -47,8 +47,12 @@ def _difference(got: Any, expected: Any, rtol: float, atol: float) -> str:
     if np.allclose(got, expected, rtol=rtol, atol=atol):
         return ""
     if expected.ndim == 0:
-        return f"expected {expected.item():.6g}, got {got.item():.6g}"
+        return f"expected {_number(expected.item())}, got {_number(got.item())}"
     return f"largest difference {np.abs(got - expected).max():.3g} where values reach {np.abs(expected).max():.3g}"
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x.is_integer() else f"{x:.6g}"  # whole numbers in full: their last digit may be the mistake
 
 
 def _array(value: Any) -> np.ndarray | None:
