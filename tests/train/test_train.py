@@ -117,6 +117,14 @@ def test_bfloat16_is_close_to_float32():
     assert 0 < max(differences) < 0.05  # 0 would mean that nothing was in bfloat16
 
 
+def test_auto_leaves_narrow_models_in_float32_on_a_cpu():
+    from minimoe.train.loop import autocast
+
+    cpu = torch.device("cpu")
+    assert not autocast(cpu, "auto", 128)._enabled and autocast(cpu, "bfloat16", 128)._enabled
+    assert autocast(cpu, "auto", 512)._enabled == torch.cpu._is_amx_tile_supported()
+
+
 def test_weights_stay_float32_in_bfloat16_training():
     ours = model()
     train(ours, periodic(), dataclasses.replace(QUICK, precision="bfloat16"))

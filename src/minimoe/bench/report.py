@@ -11,13 +11,17 @@ from typing import Any
 from .device import describe
 
 
-def write_result(path: str | os.PathLike[str], numbers: dict[str, Any], wall_s: float) -> Path:
+def write_result(
+    path: str | os.PathLike[str], numbers: dict[str, Any], wall_s: float, card: dict[str, str | float] | None = None
+) -> Path:
     """Write ``numbers`` as JSON with where they come from; the file appears whole or not at all.
 
-    wall_s is the wall time of the whole experiment in seconds. Returns the path.
+    wall_s is the wall time of the whole experiment in seconds. card is what a page shows in the place of a reader's
+    own measurement, {label: text or number} (default: the plain figures of ``numbers``). Returns the path.
     """
     path = Path(path)
     record = {"experiment": path.stem, "machine": describe(), "commit": commit(), "wall_s": round(wall_s, 1)}
+    record |= {"card": card} if card else {}
     text = json.dumps(record | {"numbers": numbers}, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
