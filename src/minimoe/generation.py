@@ -60,6 +60,10 @@ def generate(
     the vocabulary, or do not fit the context.
     """
     rows, stops = _check(model, prompts, max_new_tokens, temperature, top_p, top_k, stop)
+    if seed is not None and not 0 <= seed < 2**63 - len(rows):
+        raise ValueError(f"seed={seed}: must be 0 or above, and below 2**63")
+    if thinking_budget is not None and not isinstance(thinking_budget, ThinkingBudget):
+        raise ValueError(f"thinking_budget={thinking_budget!r}: must be made by ThinkingBudget.of(tokenizer, tokens)")
     device = model.lm_head.weight.device
     generators = [torch.Generator().manual_seed(seed + r) if seed is not None else None for r in range(len(rows))]
     new: list[list[int]] = [[] for _ in rows]
@@ -119,7 +123,7 @@ def prefill(model: HybridLM, rows: Sequence[Sequence[int]]) -> Output:
 
 def pick(logits_V: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None) -> int:
     """One token id from one row of logits (on the CPU). Ties of the likeliest go to the smallest id."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # to divide by less gives no numbers
         return int(logits_V.argmax())
     values, ids = logits_V.sort(descending=True, stable=True)
     values = (values - values[0]) / temperature  # the largest becomes 0, so that no temperature overflows

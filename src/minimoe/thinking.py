@@ -36,7 +36,7 @@ class ThinkingBudget:
     @classmethod
     def of(cls, tokenizer: Tokenizer, tokens: int, grace: int = 32) -> ThinkingBudget:
         """A budget in the vocabulary of ``tokenizer``, which must have the token ``</think>``."""
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1 or grace < 0:
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in (tokens, grace)) or tokens < 1 or grace < 0:
             raise MinimoeError(f"a thinking budget of {tokens!r} tokens with grace {grace!r}: needs whole numbers, at least "
                                "1 and 0; to think not at all, use thinking=False in the chat template")
         if "</think>" not in tokenizer.special:

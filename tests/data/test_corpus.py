@@ -1,6 +1,8 @@
 """Documents: the fixed list of the standard library, and folders."""
 
+import os
 import pathlib
+import sys
 import sysconfig
 
 import pytest
@@ -83,3 +85,11 @@ def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(CorpusError, match="too few"):
         load_corpus(tmp_path).split()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names and pipes")
+def test_pipes_are_passed_over_and_names_need_not_be_utf8(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("x")
+    corpus = load_corpus(tmp_path)
+    assert corpus.texts == ("x",) and len(corpus.sha256) == 64

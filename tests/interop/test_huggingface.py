@@ -10,6 +10,7 @@ from core_helpers import clear_of_ties, error, random_ids, small_model
 from hf_reference import transformers, transformers_model, write_release
 from safetensors.torch import load_file
 
+from minimoe.config import ConfigError
 from minimoe.interop import CheckpointError, huggingface, load_hf, save_hf
 
 MTP = {"num_nextn_predict_layers": 1, "eos_token_id": 2}
@@ -403,3 +404,29 @@ def test_shards_are_small_and_read_alike_by_both(tmp_path):
     for name, tensor in load_hf(tmp_path / "whole").state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
         assert torch.equal(theirs.state_dict()[name], tensor)
+
+
+def test_where_you_are_and_what_others_wrote_is_not_replaced(tmp_path, monkeypatch):
+    model = small_model()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="folder you are in"):
+        save_hf(model, ".")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="nemotron_h"):
+        save_hf(model, tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "x"])
+def test_a_shard_size_that_cannot_be_is_named(tmp_path, size):
+    with pytest.raises(CheckpointError, match="max_shard_bytes"):
+        save_hf(small_model(), tmp_path / "m", max_shard_bytes=size)
+
+
+def test_another_shard_size_replaces_the_old_files(tmp_path):
+    model = small_model(dtype=torch.float32)
+    save_hf(model, tmp_path / "m", max_shard_bytes=30_000)
+    save_hf(model, tmp_path / "m")
+    assert [file.name for file in (tmp_path / "m").glob("*.safetensors*")] == ["model.safetensors"]

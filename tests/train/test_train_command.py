@@ -153,6 +153,60 @@ def test_interrupted_it_keeps_what_it_has(folder, tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(loop, "warmup_stable_decay", interrupt)
     error = fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new"], capsys)
-    assert "interrupted after 3 of 300 steps" in error
+    assert "interrupted; 3 of 300 steps were done" in error
     assert load_model(tmp_path / "new")[0].config.vocab_size == 320
+    assert json.loads((tmp_path / "new" / "recipe.json").read_text())["result"]["steps"] == 3
     assert len((tmp_path / "new" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_that_diverges_keeps_the_weights_of_the_step_before(folder, tmp_path, capsys):
+    error = fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new", "--lr", "1e9", "--steps", "40"], capsys)
+    assert "lower the learning rate" in error and "the model as it was is in" in error
+    model, _ = load_model(tmp_path / "new")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    from minimoe import HybridLM
+
+    monkeypatch.setattr(HybridLM, "losses", lambda self, ids, targets: [self.lm_head.weight.sum() * float("nan")] * 2)
+    assert "step 0: loss nan" in fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new"], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_little_text_makes_a_smaller_vocabulary_and_every_id_has_a_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    for n in range(60):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} words and words\n" * 9)
+    out = tmp_path / "new"
+    words = ["train", *SIZES, "--steps", "1", "--data", str(tmp_path / "text"), "--out", str(out)]
+    assert cli.main(words) == 0
+    model, tokenizer = load_model(out)
+    assert model.config.vocab_size == tokenizer.vocab_size < 320
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--seed", "99999999999999999999"], ["--device", "meta"]])
+def test_wrong_numbers_and_devices_are_one_line(folder, tmp_path, capsys, words):
+    assert words[1] in fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new", *words], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_character_that_was_begun_is_shown_as_such(trained, capsys, monkeypatch):
+    """The text that streams and the one in --json end alike."""
+    from minimoe import generation
+
+    tokenizer = load_model(trained)[1]
+    half = tokenizer.encode("\U0001f600")[0]
+    monkeypatch.setattr(generation, "pick", lambda *_: half)
+    words = ["generate", str(trained), "--prompt", "x", "--max-new-tokens", "1"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "x\ufffd"
+
+
+def test_standard_input_that_is_no_text_is_one_line(trained, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    assert "no text in utf-8" in fails(["generate", trained], capsys)
+    monkeypatch.setattr("sys.stdin", None)
+    assert "prompt is empty" in fails(["generate", trained], capsys)

@@ -72,8 +72,8 @@ def pick_device(name: str | None) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" is a device too, and holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise MinimoeError(f"device {name!r}: {str(error).splitlines()[0]}") from None
     return device
 

@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
 def _to_gguf(args: argparse.Namespace) -> dict[str, Any]:
     from ..data import Tokenizer
     from ..interop import load_hf, load_model, save_gguf
+    from ..interop.anything import checkpoint_directory
 
     if args.tokenizer is None:
         model, tokenizer = load_model(args.source)
     else:
-        model = load_hf(args.source)
-        tokenizer = None if args.tokenizer == "none" else Tokenizer.load(args.tokenizer)
+        model = load_hf(checkpoint_directory(args.source))
+        tokenizer = None if args.tokenizer == "none" else Tokenizer.load(checkpoint_directory(args.tokenizer))
     made = save_gguf(model, args.target, tokenizer, args.quant or "F32")
     return _figures(args.target, made, sum(tensor.numel() for tensor in model.state_dict().values()))
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    prompt = args.prompt if args.prompt is not None else _standard_input()
     if not prompt:
         raise UserError("the prompt is empty; give --prompt TEXT")
     result = _generate(prompt, args)
@@ -33,6 +33,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"\n{len(result['ids'])} tokens, {result['tokens_per_second'] or 0:.1f} a second", file=sys.stderr)
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read() if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is no text in {error.encoding}; give --prompt TEXT") from None
 
 
 def _generate(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -54,8 +61,12 @@ def _generate(prompt: str, args: argparse.Namespace) -> dict[str, Any]:
             model.eval(), [tokenizer.encode(prompt)], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
             top_p=args.top_p, top_k=args.top_k, seed=args.seed, on_token=show,
         )  # fmt: skip
+    except UnicodeEncodeError as error:
+        raise UserError(f"this terminal cannot show all characters in {error.encoding}; set PYTHONIOENCODING=utf-8") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+    if not args.json:
+        print(text.decode(b"", final=True), end="")  # a character that was begun and never ended
     ids, timings = made.ids[0], made.timings
     return {
         "prompt": prompt, "ids": ids, "text": tokenizer.decode(ids), "finish_reason": made.finish_reason[0],

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train_to(out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Train as the arguments say and write the directory. Interrupted, it keeps the weights of the last step."""
+    """Train as the arguments say and write the directory. A run that ends early keeps the weights of its last step."""
     import torch
 
     from ..bench.device import describe, pick_device
@@ -74,6 +74,7 @@ def train_to(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.tokenizer}: {tokenizer.vocab_size} tokens, and preset {args.preset} has room for "
                         f"{config.vocab_size}")
     config = config.replace(
+        vocab_size=tokenizer.vocab_size,  # little text makes fewer tokens than there is room for
         tokenizer_fingerprint=tokenizer.fingerprint, bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.pad_id,
         eos_token_id=(tokenizer.eos_id, tokenizer.special["<|im_end|>"]),
     )  # fmt: skip
@@ -93,25 +94,32 @@ def train_to(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     cpu = time.process_time()
     with open(out / LOG, "w", encoding="utf-8", newline="\n") as log:
-        steps, interrupted = _train(train, model, tokens, options, log, not quiet)
-    cpu = time.process_time() - cpu
-    loss = evaluate(model.eval(), held_out, options.batch, options.length)
+        steps, trouble = _train(train, model, tokens, options, log, not quiet)
+    if trouble and not steps:
+        (out / LOG).unlink()
+        out.rmdir()
+        raise UserError(trouble)
     result = {
-        "validation_loss": loss, "bits_per_byte": bits_per_byte(loss, held_out), "steps": len(steps),
-        "tokens": steps[-1]["tokens"] if steps else 0, "seconds": round(steps[-1]["seconds"], 1) if steps else 0,
-        "cpu_seconds": round(cpu, 1), "interrupted": interrupted,
+        "steps": len(steps), "tokens": steps[-1]["tokens"], "seconds": round(steps[-1]["seconds"], 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
     }  # fmt: skip
+    # the weights first: whoever is impatient now loses a figure, not the run
+    save_hf(model.eval(), out / MODEL, tokenizer)
+    if not trouble:
+        loss = evaluate(model, held_out, options.batch, options.length, progress=not quiet)
+        result |= {"validation_loss": loss, "bits_per_byte": bits_per_byte(loss, held_out)}
     (out / RECIPE).write_text(json.dumps(recipe | {"result": result}, indent=1) + "\n", encoding="utf-8", newline="\n")
-    save_hf(model, out / MODEL, tokenizer)
-    if interrupted:
-        raise UserError(f"interrupted after {len(steps)} of {options.steps} steps; the model as it was is in {out / MODEL}")
+    if trouble:
+        raise UserError(f"{trouble}; {len(steps)} of {options.steps} steps were done, and the model as it was is in {out / MODEL}")
     return result
 
 
 def _train(
     train: Any, model: Any, tokens: Any, options: Any, log: IO[str], progress: bool
-) -> tuple[list[dict[str, Any]], bool]:
-    """Run the loop, writing each step as it comes; the steps, and whether Ctrl-C ended them."""
+) -> tuple[list[dict[str, Any]], str]:
+    """Run the loop, writing each step as it comes; the steps, and what ended them early, if anything did."""
+    from ..train import TrainError
+
     steps: list[dict[str, Any]] = []
 
     def write(step: Any) -> None:
@@ -122,8 +130,10 @@ def _train(
     try:
         train(model, tokens, options, on_step=write, progress=progress)
     except KeyboardInterrupt:
-        return steps, True
-    return steps, False
+        return steps, "interrupted"
+    except TrainError as error:  # the weights are those of the step before
+        return steps, str(error)
+    return steps, ""
 
 
 def _short(value: float | int) -> float | int:

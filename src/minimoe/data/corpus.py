@@ -41,7 +41,7 @@ class Corpus:
         """Hash of all names and texts, hexadecimal: two corpora with the same hash are the same."""
         digest = hashlib.sha256()
         for name, text in zip(self.names, self.texts, strict=True):
-            digest.update(f"{name}\0{text}\0".encode())
+            digest.update(f"{name}\0{text}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property
@@ -55,7 +55,9 @@ class Corpus:
         A document's name decides by its hash, so adding documents moves none from one side to the other. Raises
         CorpusError if one side would be empty.
         """
-        held_out = {name for name in self.names if hashlib.sha256(name.encode()).digest()[0] % every == 0}
+        # surrogateescape: a file name on Linux may be no UTF-8
+        hashes = {name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()[0] for name in self.names}
+        held_out = {name for name in self.names if hashes[name] % every == 0}
         sides = self._only(set(self.names) - held_out), self._only(held_out)
         if not all(side.names for side in sides):
             raise CorpusError(f"{self.name}: {len(self.names)} documents are too few to hold some out; add files")
@@ -105,7 +107,7 @@ def _stdlib() -> Corpus:
 def _text(path: Path) -> str | None:
     """The file's text, or None if it is not there, not text, or too large."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
+        if not path.is_file() or path.stat().st_size > LARGEST_FILE:  # a named pipe would be waited for
             return None
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):

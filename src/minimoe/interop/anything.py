@@ -11,6 +11,13 @@ from ..model import HybridLM
 from .huggingface import CheckpointError, load_hf
 
 
+def checkpoint_directory(path: str | os.PathLike[str]) -> Path:
+    """The Hugging Face directory that a reader means: the one named, or "model" in what ``minimoe train`` wrote."""
+    path = Path(path)
+    inner = path / "model"
+    return inner if not (path / "config.json").is_file() and (inner / "config.json").is_file() else path
+
+
 def load_model(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> tuple[HybridLM, Tokenizer]:
@@ -29,8 +36,7 @@ def load_model(
         return model, tokenizer
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
-        path = path / "model"
+    path = checkpoint_directory(path)
     model, tokenizer = load_hf(path, dtype=dtype, device=device), Tokenizer.load(path)
     wanted = model.config.tokenizer_fingerprint
     if wanted is not None and wanted != tokenizer.fingerprint:

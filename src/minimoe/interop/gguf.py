@@ -113,6 +113,8 @@ def _write(model: HybridLM, path: Path, tokenizer: Tokenizer | None, quant: str,
         writer.write_ti_data_to_file()
         for place, shape, kind in table:
             writer.write_tensor_data(encode(place, tensors[place.ours], shape, kind))
+    except OSError as error:  # numpy says how many bytes it wrote, not why
+        raise GGUFError(f"{path.name} could not be written ({error}); is the disk full?") from None
     finally:
         writer.close()
     size = sum(stored_bytes(shape, kind) for _, shape, kind in table)

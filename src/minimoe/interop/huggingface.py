@@ -89,6 +89,8 @@ def save_hf(
     """
     directory = Path(directory).resolve()
     config = model.config
+    if max_shard_bytes is not None and (type(max_shard_bytes) is not int or max_shard_bytes < 1):
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes!r}: must be a whole number of bytes, at least 1")
     if config.time_step_limit != (0.0, float("inf")):
         raise CheckpointError(f"time_step_limit={config.time_step_limit}: transformers ignores this field; "
                               "only (0, inf) computes alike there")
@@ -101,6 +103,8 @@ def save_hf(
         raise CheckpointError(f"tokenizer={tokenizer!r}: must have save_pretrained(dir) or save(dir)")
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; choose a new or an empty directory")
+    if Path.cwd().is_relative_to(directory):
+        raise CheckpointError(f"{directory} is the folder you are in; choose a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -112,6 +116,8 @@ def save_hf(
         for file in files:
             file.chmod((fresh / CONFIG).stat().st_mode & 0o777)
         _swap(fresh, directory)
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory} could not be written ({error}); is the disk full?") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -152,7 +158,10 @@ def _swap(fresh: Path, directory: Path) -> None:
     if not directory.exists():
         fresh.rename(directory)
         return
-    others = sorted(p.name for p in directory.iterdir() if not (fresh / p.name).exists())
+    others = sorted(p.name for p in directory.iterdir()
+                    if not (fresh / p.name).exists() and not p.match("model*.safetensors*"))
+    if not others and any(directory.iterdir()):
+        _read_config(directory)  # another program's config.json is not ours to replace
     if others:
         raise CheckpointError(f"{directory} holds other files ({others[0]}); choose a new or an empty directory")
     old = directory.with_name(f".{directory.name}-{os.getpid()}-old")

@@ -58,6 +58,8 @@ class TrainOptions:
                 raise TrainError(f"{name}={getattr(self, name)}: must be 0 or above")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise TrainError(f"warmup={self.warmup}, decay={self.decay}: shares of the run, at most 1 together")
+        if not 0 <= self.seed < 2**63:
+            raise TrainError(f"seed={self.seed}: must be 0 or above, and below 2**63")
         if self.precision not in PRECISIONS:
             raise TrainError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
 
@@ -132,14 +134,17 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: HybridLM, tokens: Tokens, batch: int = 8, length: int = 256, limit: int | None = None) -> float:
+def evaluate(
+    model: HybridLM, tokens: Tokens, batch: int = 8, length: int = 256, limit: int | None = None, progress: bool = False
+) -> float:
     """Mean loss in nats a token over ``tokens``, read once in windows of ``length`` (the first ``limit`` batches).
 
     Bits per byte, which do not depend on the tokenizer, are ``loss * len(tokens) / tokens.bytes / ln 2``.
     """
     device = model.lm_head.weight.device
     total = count = 0.0
-    for ids, targets in Batches(tokens, batch, length).in_order()[:limit]:
+    windows = Batches(tokens, batch, length).in_order()[:limit]
+    for ids, targets in tqdm(windows, desc="evaluating", unit="batch", disable=not progress, leave=False):
         total += model.loss(ids.to(device), targets.to(device)).item() * ids.numel()
         count += ids.numel()
     return total / count
