@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import os
 import random
 import sysconfig
 import unicodedata
@@ -16,10 +15,11 @@ from tokenizers import models, pre_tokenizers, trainers
 from minimoe.data import Tokenizer
 from minimoe.data.bpe import PRE, SPECIAL, byte_letters, parts
 from minimoe.data.tokenizer import chat_template
+from minimoe.ggml import library
 
 transformers = pytest.importorskip("transformers")
-os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-llama_cpp = pytest.importorskip("llama_cpp")
+pytest.importorskip("llama_cpp")
+llama_cpp = library()  # quiet, and its log stays that of the package for the tests that share this process
 chat_format = pytest.importorskip("llama_cpp.llama_chat_format")
 
 HARD = [
@@ -59,17 +59,10 @@ def fuzz(count, seed=0):
 
 
 # ---------------------------------------------------------------------- llama.cpp
-@llama_cpp.llama_log_callback
-def _silent(level, text, data):
-    pass
-
-
 class Vocabulary:
     """llama.cpp's view of a GGUF file that holds a vocabulary and no weights."""
 
     def __init__(self, path):
-        llama_cpp.llama_backend_init()
-        llama_cpp.llama_log_set(_silent, None)
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
