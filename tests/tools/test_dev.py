@@ -26,7 +26,7 @@ def test_environment_installs_what_dev_installs():
 
 
 def test_extras_and_versions_agree_with_pyproject():
-    assert set(PROJECT["optional-dependencies"]) == {*dev.EXTRAS, "llama", "bnb"}
+    assert set(PROJECT["optional-dependencies"]) == {*dev.EXTRAS, "tensorboard", "datasets", "llama", "bnb"}
     assert PROJECT["requires-python"] == f">=3.{dev.OLDEST[1]},<3.{dev.NEWEST[1] + 1}"
 
 

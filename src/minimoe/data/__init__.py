@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 _WHERE = {
     "Batches": "batches", "Tokens": "batches", "encode_corpus": "batches",
     "Corpus": "corpus", "CorpusError": "corpus", "load_corpus": "corpus",
+    "without_overlap": "packages",
+    "StreamError": "streaming", "documents": "streaming", "stream_dataset": "streaming",
+    "PackedError": "packed", "open_packed": "packed", "pack": "packed", "pack_once": "packed",
     "Tokenizer": "tokenizer", "TokenizerError": "tokenizer",
 }  # fmt: skip
 __all__ = list(_WHERE)
@@ -14,6 +17,9 @@ __all__ = list(_WHERE)
 if TYPE_CHECKING:
     from .batches import Batches, Tokens, encode_corpus
     from .corpus import Corpus, CorpusError, load_corpus
+    from .packages import without_overlap
+    from .packed import PackedError, open_packed, pack, pack_once
+    from .streaming import StreamError, documents, stream_dataset
     from .tokenizer import Tokenizer, TokenizerError
 
 

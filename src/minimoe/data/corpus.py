@@ -1,4 +1,4 @@
-"""Documents to train on that need no download: Python's own standard library, or a folder of text.
+"""Documents to train on that need no download: Python's own standard library, installed packages, or a folder of text.
 
 ``stdlib_files.txt`` names the files of the standard library that every CPython 3.11 to 3.13 installs, without tests,
 tables and what distributions package apart. Their text differs a little between versions, so a corpus has a hash.
@@ -58,33 +58,39 @@ class Corpus:
         # surrogateescape: a file name on Linux may be no UTF-8
         hashes = {name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()[0] for name in self.names}
         held_out = {name for name in self.names if hashes[name] % every == 0}
-        sides = self._only(set(self.names) - held_out), self._only(held_out)
+        sides = self.only(set(self.names) - held_out), self.only(held_out)
         if not all(side.names for side in sides):
             raise CorpusError(f"{self.name}: {len(self.names)} documents are too few to hold some out; add files")
         return sides
 
-    def _only(self, names: Iterable[str]) -> "Corpus":
+    def only(self, names: Iterable[str]) -> "Corpus":
+        """The documents of these names, in the same order."""
         wanted = set(names)
         kept = [(name, text) for name, text in zip(self.names, self.texts, strict=True) if name in wanted]
         return Corpus(self.name, tuple(name for name, _ in kept), tuple(text for _, text in kept), self.missing)
 
 
 def load_corpus(source: str | os.PathLike[str] = "stdlib") -> Corpus:
-    """``"stdlib"``, or a folder: every file below it that is UTF-8 text, hidden ones and links apart.
+    """``"stdlib"``, ``"packages"`` (packages.py), or a folder: every file below it that is UTF-8 text, hidden ones and links
+    apart.
 
     Raises CorpusError for a folder that is not there or holds no text.
     """
     if source == "stdlib":
         return _stdlib()
+    if source == "packages":
+        from .packages import packages
+
+        return packages()
     folder = Path(source)
     if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such folder; give a folder of text files, or 'stdlib'")
+        raise CorpusError(f"{folder}: no such folder; give a folder of text files, 'stdlib' or 'packages'")
     found: list[tuple[str, str]] = []
     for directory, below, files in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for file in sorted(files):
             path = Path(directory, file)
-            text = None if file.startswith(".") or path.is_symlink() else _text(path)
+            text = None if file.startswith(".") or path.is_symlink() else read_text(path)
             if text:
                 found.append((path.relative_to(folder).as_posix(), text))
     if not found:
@@ -96,7 +102,7 @@ def load_corpus(source: str | os.PathLike[str] = "stdlib") -> Corpus:
 def _stdlib() -> Corpus:
     listed = resources.files(__package__).joinpath("stdlib_files.txt").read_text(encoding="utf-8").split()
     root = Path(sysconfig.get_path("stdlib"))
-    texts = {name: _text(root / name) for name in listed}
+    texts = {name: read_text(root / name) for name in listed}
     names = tuple(name for name in listed if texts[name])
     if not names:
         raise CorpusError(f"{root} has none of Python's own source files; train on a folder of text instead")
@@ -104,10 +110,10 @@ def _stdlib() -> Corpus:
     return Corpus("stdlib", names, tuple(texts[name] or "" for name in names), missing)
 
 
-def _text(path: Path) -> str | None:
-    """The file's text, or None if it is not there, not text, or too large."""
+def read_text(path: Path, largest: int = LARGEST_FILE) -> str | None:
+    """The file's text, or None if it is not there, not text, or larger than ``largest`` bytes."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_FILE:  # a named pipe would be waited for
+        if not path.is_file() or path.stat().st_size > largest:  # a named pipe would be waited for
             return None
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError):

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..cache import cache_folder
 from .child import LlamaDied, run
 from .library import LlamaError, library, library_files, system_info
 
@@ -134,16 +135,8 @@ def _build() -> str:
 
 
 def cache_file() -> Path:
-    """Where the verdicts are kept: MINIMOE_CACHE, or the user's cache folder."""
-    if named := os.environ.get("MINIMOE_CACHE"):
-        return Path(named).expanduser() / "llama-builds.json"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "minimoe" / "llama-builds.json"
+    """Where the verdicts are kept."""
+    return cache_folder() / "llama-builds.json"
 
 
 def _remembered() -> dict[str, bool]:
