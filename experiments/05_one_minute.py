@@ -37,8 +37,7 @@ from minimoe.interop import save_gguf, save_hf
 from minimoe.layers import Attention, Mamba2, MoE
 from minimoe.runtime import llamacpp
 from minimoe.runtime.mtp import LlamaMTP, shift
-from minimoe.train import TrainOptions, evaluate, train
-from minimoe.train.loop import bits_per_byte
+from minimoe.train import TrainOptions, bits_per_byte, evaluate, train
 
 RESULT = Path(__file__).parents[1] / "results" / "05_one_minute.json"
 SEEDS, STEPS, LENGTH, NEW = (0, 1, 2), 300, 256, 64

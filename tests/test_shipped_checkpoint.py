@@ -10,8 +10,7 @@ from common import ROOT
 from minimoe import HybridConfig, generate
 from minimoe.data import encode_corpus, load_corpus
 from minimoe.interop import load_model
-from minimoe.train import evaluate
-from minimoe.train.loop import bits_per_byte
+from minimoe.train import bits_per_byte, evaluate
 
 HERE = ROOT / "checkpoints" / "small"
 RESULT = json.loads((HERE / "recipe.json").read_text())["result"]

@@ -65,13 +65,17 @@ class Trunk(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.recompute = False  # in training: keep each block's input only, and compute the rest again (activation checkpointing)
 
     def forward(
         self, ids_BL: Tensor, states: Sequence[LayerState], span: Span
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         x_BLD, new = self.embeddings(ids_BL), []
         for layer, state in zip(self.layers, states, strict=True):
-            x_BLD, state = layer(x_BLD, state, span)
+            if self.recompute and torch.is_grad_enabled():
+                x_BLD, state = checkpoint(layer, x_BLD, state, span, use_reentrant=False)
+            else:
+                x_BLD, state = layer(x_BLD, state, span)
             new.append(state)
         return self.norm_f(x_BLD), tuple(new)
 

@@ -6,12 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from core_helpers import small_config
+from core_helpers import error, scramble, small_config
 
 from minimoe import HybridConfig, HybridLM
 from minimoe.data import Tokens
-from minimoe.train import TrainError, TrainOptions, evaluate, train, warmup_stable_decay
-from minimoe.train.loop import bits_per_byte
+from minimoe.data.batches import split_documents
+from minimoe.train import (
+    Diverged,
+    TrainError,
+    Training,
+    TrainOptions,
+    bits_per_byte,
+    evaluate,
+    train,
+    warmup_stable_decay,
+)
 from minimoe.train.optimizers import adamw
 
 QUICK = TrainOptions(steps=6, batch=2, length=24, precision="float32")
@@ -118,7 +127,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_auto_leaves_narrow_models_in_float32_on_a_cpu():
-    from minimoe.train.loop import autocast
+    from minimoe.train.precision import autocast
 
     cpu = torch.device("cpu")
     assert not autocast(cpu, "auto", 128)._enabled and autocast(cpu, "bfloat16", 128)._enabled
@@ -136,7 +145,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_weights():
     with torch.no_grad():
         ours.model.layers[0].mixer.D[0] = float("nan")
     before = ours.lm_head.weight.clone()
-    with pytest.raises(TrainError, match="step 0: loss nan .* lower the learning rate") as error:
+    with pytest.raises(Diverged, match="step 0: loss nan .* first in model.layers.0.mixer.D; lower the learning rate") as error:
         train(ours, periodic(), QUICK)
     assert "\n" not in str(error.value) and torch.equal(ours.lm_head.weight, before)
 
@@ -145,6 +154,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_spoils_the_weights():
     "wrong",
     [
         {"steps": 0}, {"batch": 0}, {"length": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"clip": -1.0},
+        {"accumulate": 0}, {"accumulate": 3}, {"balance": -1e-3}, {"seed": -1}, {"balance": float("nan")},
         {"weight_decay": -0.1}, {"mtp_weight": -1}, {"warmup": 0.8, "decay": 0.3}, {"precision": "int4"},
     ],
 )  # fmt: skip
@@ -152,6 +162,153 @@ def test_options_are_checked(wrong):
     with pytest.raises(TrainError) as error:
         TrainOptions(**wrong)
     assert next(iter(wrong)) in str(error.value) and "\n" not in str(error.value)
+
+
+END = 2
+
+
+def with_ends(windows: int = 60, length: int = 24) -> Tokens:
+    """Random tokens in documents of random lengths, some of one token."""
+    random = np.random.default_rng(1)
+    ids = random.integers(3, 61, windows * length).astype(np.uint16)
+    ids[random.random(len(ids)) < 0.15] = END
+    return Tokens(ids, len(ids))
+
+
+def double(**options) -> Training:
+    """A run in float64, in which two orders of summing agree to 1e-12."""
+    torch.manual_seed(0)
+    ours = HybridLM(small_config(num_nextn_predict_layers=1, eos_token_id=END), dtype=torch.float64)
+    scramble(ours)
+    return Training(ours, with_ends(), dataclasses.replace(QUICK, **({"batch": 8, "balance": 0.0} | options)))
+
+
+def gradient(training: Training) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient of step 0, without taking it."""
+    ids, targets = training.batches(0)
+    segments, targets = split_documents(ids, targets, END)
+    losses = list(training._gradient((ids, targets, segments)))
+    assert (targets == -100).any() and len({int(n) for n in (targets != -100).sum(1)}) > 2  # the parts weigh differently
+    return losses, {name: p.grad.clone() for name, p in training.model.named_parameters()}
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_parts_of_a_batch_give_the_loss_and_the_gradient_of_the_whole(parts):
+    (losses, whole), (other_losses, other) = gradient(double()), gradient(double(accumulate=parts))
+    assert other_losses[:2] == pytest.approx(losses[:2], rel=1e-12)
+    assert max(error(other[name], whole[name]) for name in whole) < 1e-11
+    assert all(g.any() for g in whole.values())
+
+
+def saved_bytes(training: Training) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that one pass keeps for its way back, and the gradient."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr(), tensor.shape] = tensor.nbytes
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, grads = gradient(training)
+    return sum(size for (at, _), size in kept.items() if at not in weights), grads
+
+
+def test_recomputing_gives_the_same_gradient_from_less_memory():
+    (much, plain), (little, again) = saved_bytes(double()), saved_bytes(double(recompute=True))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert little < 0.5 * much
+
+
+def test_recomputing_trains_the_same_weights():
+    runs = [model(), model()]
+    for ours, recompute in zip(runs, (False, True)):
+        train(ours, periodic(), dataclasses.replace(QUICK, recompute=recompute))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[1].parameters(), strict=True))
+    assert not runs[1].model.recompute  # the model is as any other afterwards
+
+
+def test_packed_documents_are_trained_on_as_if_each_were_alone():
+    """Loss and gradient of the windows are those of their documents, weighted by the tokens that each was asked for."""
+    training = double()
+    losses, packed = gradient(training)
+    ids, targets = training.batches(0)
+    segments, targets = split_documents(ids, targets, END)
+    total, count, sums = 0.0, int((targets != -100).sum()), [0.0, 0.0]
+    training.model.zero_grad()
+    for row in range(len(ids)):
+        for number in segments[row].unique():
+            here = segments[row] == number
+            asked = int((targets[row, here] != -100).sum())
+            if asked:  # a document of its end alone asks for nothing
+                both = training.model.losses(ids[row, here][None], targets[row, here][None])
+                sums = [sum_ + loss.item() * asked / count for sum_, loss in zip(sums, both)]
+                total = total + (both[0] + training.options.mtp_weight * both[1]) * asked / count
+    total.backward()
+    assert losses[:2] == pytest.approx(sums, rel=1e-12)
+    for name, p in training.model.named_parameters():
+        assert error(packed[name], p.grad) < 1e-11, name
+
+
+def test_one_text_a_window_is_another_thing():
+    with_documents, without = (double(documents=documents) for documents in (True, False))
+    assert with_documents.step().loss != pytest.approx(without.step().loss, rel=1e-3)
+
+
+def test_a_run_that_is_stopped_and_restored_is_the_same_run():
+    """In one process: what state() gives is all that later steps depend on, whatever happened between."""
+    whole = double(steps=8, balance=0.01, precision="float32")
+    steps = [dataclasses.replace(whole.step(), seconds=0) for _ in range(8)]
+    first = double(steps=8, balance=0.01, precision="float32")
+    [first.step() for _ in range(5)]
+    state = torch.load(saved(first.state()))
+    second = double(steps=8, balance=0.01, precision="float32")
+    scramble(second.model, seed=9)
+    torch.rand(7)
+    second.restore(state)
+    assert [dataclasses.replace(second.step(), seconds=0) for _ in range(3)] == steps[5:]
+    assert second.seconds > state["seconds"] > 0
+    for one, other in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def saved(state):
+    """Through a file, as a checkpoint does it."""
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"lr": 1e-3}, "options lr=0.002, and now it is 0.001"), ({"length": 12}, "length=24"), ({"seed": 5}, "seed=0")],
+)
+def test_a_state_of_other_options_is_refused_before_anything_changes(changes, words):
+    state, ours = double().state(), double(**changes)
+    scramble(ours.model, seed=9)
+    before = {name: p.clone() for name, p in ours.model.state_dict().items()}
+    with pytest.raises(TrainError, match=words):
+        ours.restore(state)
+    assert all(torch.equal(p, before[name]) for name, p in ours.model.state_dict().items()) and ours.next_step == 0
+
+
+def test_a_state_of_another_model_is_refused():
+    other = Training(model(), with_ends(), dataclasses.replace(QUICK, batch=8, balance=0.0))
+    with pytest.raises(TrainError, match="config eos_token_id=.*; give the same, or choose a new directory"):
+        double().restore(other.state())
+
+
+def test_what_does_not_change_the_arithmetic_may_change():
+    state = double(steps=6).state()
+    ours = double(steps=9, decay=0.1, recompute=True, accumulate=2)
+    ours.restore(state)
+    assert ours.accumulate == 2
+    state["accumulate"] = 4  # of a run that had run out of memory
+    ours.restore(state)
+    assert ours.accumulate == 4
 
 
 def test_evaluation_is_the_mean_over_all_windows():

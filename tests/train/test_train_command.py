@@ -47,7 +47,11 @@ def test_the_log_has_a_line_a_step(trained):
 
 def test_the_recipe_repeats_the_run(trained, folder):
     recipe = json.loads((trained / "recipe.json").read_text())
-    assert recipe["corpus"]["sha256"] == load_corpus(folder).sha256
+    training, validation = load_corpus(folder).split()
+    source, held_out = recipe["sources"]
+    assert source["sha256"] == training.sha256 and source["bytes"] == training.bytes and source["share"] == 1
+    assert held_out["sha256"] == validation.sha256 and held_out["files"] == len(validation.names)
+    assert recipe["tokenizer"] == load_model(trained)[1].fingerprint
     assert recipe["options"]["steps"] == 5 and recipe["result"]["steps"] == 5
     assert recipe["result"]["bits_per_byte"] > 0 and recipe["machine"]["torch"] == torch.__version__
 
@@ -142,21 +146,25 @@ def test_without_mtp_the_block_is_not_built(folder, tmp_path):
 
 
 def test_interrupted_it_keeps_what_it_has(folder, tmp_path, capsys, monkeypatch):
+    """A Ctrl-C in the middle of a step: the step comes to its end."""
+    import signal
+
     from minimoe.train import loop
 
     real = loop.warmup_stable_decay
 
     def interrupt(step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
         return real(step, *rest)
 
     monkeypatch.setattr(loop, "warmup_stable_decay", interrupt)
     error = fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new"], capsys)
-    assert "interrupted; 3 of 300 steps were done" in error
+    assert "interrupted; 3 of 300 steps were done" in error and "with --resume goes on" in error
     assert load_model(tmp_path / "new")[0].config.vocab_size == 320
     assert json.loads((tmp_path / "new" / "recipe.json").read_text())["result"]["steps"] == 3
     assert len((tmp_path / "new" / "log.jsonl").read_text().splitlines()) == 3
+    assert [path.name[:13] for path in (tmp_path / "new" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_run_that_diverges_keeps_the_weights_of_the_step_before(folder, tmp_path, capsys):
@@ -169,9 +177,39 @@ def test_a_run_that_diverges_keeps_the_weights_of_the_step_before(folder, tmp_pa
 def test_a_run_that_fails_at_once_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
     from minimoe import HybridLM
 
-    monkeypatch.setattr(HybridLM, "losses", lambda self, ids, targets: [self.lm_head.weight.sum() * float("nan")] * 2)
-    assert "step 0: loss nan" in fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new"], capsys)
+    def broken(self, *_, **__):
+        return [self.lm_head.weight.sum() * float("nan")] * 2
+
+    monkeypatch.setattr(HybridLM, "losses", broken)
+    error = fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "new"], capsys)
+    assert "step 0: loss nan" in error and "there is no good checkpoint yet" in error
     assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()  # what was there before stays
+    fails(["train", *SIZES, "--data", folder, "--out", tmp_path / "mine"], capsys)
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_too_little_text_to_validate_on_says_which(folder, tmp_path, capsys):
+    words = ["train", "--preset", "tiny", "--batch", "2", "--length", "20000", "--out", tmp_path / "new", "--data", folder]
+    error = fails(words, capsys)
+    assert "validation text (" in error and "fewer than one window of 20000 + 1; give more text or a shorter length" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_mixture_is_noted_source_by_source(folder, tmp_path):
+    out, other = tmp_path / "new", tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("another text " * 60)
+    words = ["train", *SIZES, "--steps", "1", "--data", f"{folder}=3", "--data", f"{other}=1", "--out", str(out)]
+    assert cli.main(words) == 0
+    first, second, held_out = json.loads((out / "recipe.json").read_text())["sources"]
+    assert (first["share"], second["share"], second["files"], held_out["name"]) == (3.0, 1.0, 1, "held out")
+
+
+def test_shares_and_sources_that_make_no_sense_are_one_line(folder, tmp_path, capsys):
+    for data, words in {f"{folder}=much": "is no share", f"{folder}=0": "must be above 0", "tasks": "name a source of text"}.items():
+        assert words in fails(["train", *SIZES, "--data", data, "--out", tmp_path / "new"], capsys)
+        assert not (tmp_path / "new").exists()
 
 
 def test_little_text_makes_a_smaller_vocabulary_and_every_id_has_a_text(tmp_path):

@@ -1,0 +1,142 @@
+"""The routers' biases: moved by counts of the training steps, toward balance, and by nothing else."""
+
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from core_helpers import small_config
+
+from minimoe import HybridLM
+from minimoe.data import Tokens
+from minimoe.layers.moe import Router
+from minimoe.train import BiasUpdate, Training, TrainOptions, evaluate, train
+
+QUICK = TrainOptions(steps=6, batch=4, length=24, precision="float32")
+NOISE = Tokens(np.random.default_rng(0).integers(3, 61, 4000).astype(np.uint16), 4000)
+EXPERTS, TOP = 6, 2
+
+
+def model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return HybridLM(small_config(num_nextn_predict_layers=1, **changes))
+
+
+def routers(ours):
+    return [module for module in ours.modules() if isinstance(module, Router)]
+
+
+def biases(ours):
+    return torch.stack([router.e_score_correction_bias for router in routers(ours)])
+
+
+@torch.no_grad()
+def peaks(ours):
+    """Each trunk router's busiest expert over the mean, on text that the steps do not share."""
+    seen = []
+    hooks = [router.register_forward_hook(lambda _, args, out: seen.append(out[0])) for router in routers(ours.model)]
+    ours(torch.randint(3, 61, (8, 64), generator=torch.Generator().manual_seed(5)))
+    [hook.remove() for hook in hooks]
+    return [float(torch.bincount(experts.flatten(), minlength=EXPERTS).max() / (experts.numel() / EXPERTS)) for experts in seen]
+
+
+def collapsed(**changes):
+    """Two experts are preferred by so much that they get everything."""
+    ours = model(**changes)
+    for router in routers(ours):
+        router.e_score_correction_bias[:TOP] = 0.1
+    assert peaks(ours) == [EXPERTS / TOP] * 2
+    return ours
+
+
+def test_a_collapsed_router_spreads_its_load():
+    ours = collapsed()
+    train(ours, NOISE, dataclasses.replace(QUICK, steps=45, balance=0.003))
+    assert max(peaks(ours)) < 1.7  # 3 is all to two experts, 1 is even
+
+
+def test_without_balance_it_stays_collapsed():
+    ours = collapsed()
+    before = biases(ours).clone()
+    train(ours, NOISE, dataclasses.replace(QUICK, steps=40, balance=0))
+    assert peaks(ours) == [EXPERTS / TOP] * 2 and torch.equal(biases(ours), before)
+
+
+def test_the_bias_moves_by_the_rate_against_the_load():
+    ours = model()
+    balance = BiasUpdate(ours, rate=0.125)
+    balance.counts[0] += torch.tensor([7.0, 1, 4, 4, 4, 4])
+    balance.counts[1] += torch.tensor([12.0, 0, 0, 0, 0, 0])
+    assert balance.step()[:2] == [7 / 4, 6.0]
+    assert biases(ours)[0].tolist() == [-0.125, 0.125, 0, 0, 0, 0]  # those at the mean stay
+    assert biases(ours)[1].tolist() == [-0.125] + [0.125] * 5
+    assert torch.equal(biases(ours)[2:], torch.zeros_like(biases(ours)[2:]))  # nothing counted, nothing moved
+    assert all(not counts.any() for counts in balance.counts)
+    balance.close()
+
+
+def test_a_step_counts_each_token_s_choices_once():
+    ours = model()
+    training = Training(ours, NOISE, dataclasses.replace(QUICK, balance=1.0))
+    choices = [[] for _ in training.balance.routers]
+    for seen, router in zip(choices, training.balance.routers):
+        router.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out[0].flatten()))
+    training.step()
+    counts = torch.stack([torch.bincount(torch.cat(seen), minlength=EXPERTS) for seen in choices]).float()
+    assert len(choices) == 3 and (counts.sum(1) == 4 * 24 * TOP).all()  # two in the trunk, one in the MTP block
+    assert torch.equal(biases(ours), torch.sign(counts.mean(1, keepdim=True) - counts))
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 4}, {"recompute": True}])
+def test_parts_and_recomputing_count_alike(changes):
+    runs = [model(), model()]
+    train(runs[0], NOISE, dataclasses.replace(QUICK, balance=0.01))
+    train(runs[1], NOISE, dataclasses.replace(QUICK, balance=0.01, **changes))
+    assert torch.equal(biases(runs[0]), biases(runs[1])) and biases(runs[0]).any()
+
+
+def test_an_evaluation_in_between_does_not_count():
+    runs = [model(), model()]
+    for ours, interrupted in zip(runs, (False, True)):
+        training = Training(ours, NOISE, dataclasses.replace(QUICK, balance=0.01))
+        for _ in range(4):
+            if interrupted:
+                evaluate(ours, NOISE, batch=4, length=24, limit=3)
+                assert all(not counts.any() for counts in training.balance.counts)
+            training.step()
+    for one, other in zip(runs[0].state_dict().values(), runs[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_counts_keep_no_graph_alive():
+    training = Training(model(), NOISE, QUICK)
+    kept = []
+    router = training.balance.routers[0]
+    router.register_forward_hook(lambda _, args, out: kept.append(weakref.ref(out[1])))
+    training.step()
+    assert all(counts.grad_fn is None and not counts.requires_grad for counts in training.balance.counts)
+    gc.collect()
+    assert kept and all(ref() is None for ref in kept)  # the weights of the choices, which have a graph, are gone
+
+
+def test_steps_leave_no_tensors_behind():
+    training = Training(model(), NOISE, QUICK)
+
+    def alive():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    training.step()
+    after_one = alive()
+    for _ in range(4):
+        training.step()
+    assert alive() == after_one
+
+
+def test_closed_it_counts_no_more():
+    training = Training(model(), NOISE, QUICK)
+    training.close()
+    training.model.loss(*training.batches(0))
+    assert all(not counts.any() for counts in training.balance.counts)
