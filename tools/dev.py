@@ -185,7 +185,7 @@ def experiments(py: str, args: list[str]) -> None:
 
 
 def bench(py: str, args: list[str]) -> None:
-    scripts(py, "benchmarks", args)
+    call(py, "benchmarks/run_all.py", *args, env=notebook_env())
 
 
 def lab(py: str, args: list[str]) -> None:
