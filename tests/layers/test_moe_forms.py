@@ -80,6 +80,35 @@ def test_grouped_experts_equal_the_loop_at_random_sizes(T, E, extra, width, R, s
     assert error(experts_grouped(*args), experts_loop(*args)) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 4, 9], [0, 0, 5], [8], [4, 4], [1, 0]], ids=str)
+def test_runs_are_rounded_up_by_repeating_their_last_rows(counts):
+    rows = torch.arange(sum(counts))
+    taken, real, longer = moe._round_up_runs(torch.tensor(counts), 4)
+    assert longer.tolist() == [-(-n // 4) * 4 for n in counts]
+    assert torch.equal(rows[taken][real], rows), "every row once, in order"
+    old, new = rows.split(counts), rows[taken].split(longer.tolist())
+    assert all(set(n.tolist()) == set(o.tolist()) for o, n in zip(old, new)), "a run holds rows of its own only"
+
+
+def test_bfloat16_runs_come_in_few_lengths_on_a_cpu(monkeypatch):
+    """Each new number of rows would make oneDNN build a kernel; the rows that fill up may not count, nor their gradient."""
+    seen = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(moe.F, "grouped_mm", lambda x, w, offs: (seen.append(offs), grouped_mm(x, w, offs=offs))[1])
+    for dtype, multiple in ((torch.bfloat16, 32), (torch.float32, 1)):
+        seen.clear()
+        args = inputs(45, 4, 3, 24, 32, dtype)
+        wanted = [t.requires_grad_() for t in (args[0], args[1], args[2], args[4])]
+        grads = []
+        for form in (experts_loop, experts_grouped):
+            y = form(*args)
+            grads.append(torch.autograd.grad((y * normal(*y.shape, seed=9, dtype=dtype)).sum(), wanted))
+        assert len(seen) == 2 and all(int(end) % multiple == 0 for end in seen[0])
+        assert int(seen[0][-1]) == 45 * 3 if multiple == 1 else int(seen[0][-1]) > 45 * 3
+        for loop, grouped in zip(*grads):
+            assert error(grouped, loop) < BOUND[dtype]
+
+
 def test_the_loop_is_the_sum_it_says():
     x, up, down, experts, weights = inputs(12, 5, 3, 7, 6, torch.float64)
     expected = torch.stack(

@@ -166,3 +166,12 @@ def test_convolution_stops_at_the_borders_of_documents():
         kept = [weight[:, 0, k] * x[0, t + k] for k in range(4) if run[0, t + k] == run[0, t + 3]]
         assert error(y[0, t], bias + sum(kept)) < 1e-12, t
     assert error(y, causal_conv(x, weight, bias)) > 1e-3
+
+
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_gradient_of_the_convolution_is_the_derivative(kernel):
+    args = [
+        t.requires_grad_()
+        for t in (normal(2, 5 + kernel - 1, 3, seed=1), normal(3, 1, kernel, seed=2), normal(3, seed=3))
+    ]
+    assert torch.autograd.gradcheck(causal_conv, args)

@@ -50,7 +50,9 @@ def packages() -> Corpus:
     if not names:
         raise CorpusError("none of the packages that this book lists is installed; pip install 'minimoe[book,run]'")
     corpus = without_copies(Corpus("packages", tuple(names), tuple(texts), tuple(missing)))
-    return at_most(without_overlap(corpus, load_corpus("stdlib").split()[1]), LARGEST_SHARE)
+    corpus = at_most(without_overlap(corpus, load_corpus("stdlib").split()[1]), LARGEST_SHARE)
+    pairs = sorted(zip(corpus.names, corpus.texts))  # as in a folder of these files, so that both have one hash
+    return Corpus(corpus.name, tuple(name for name, _ in pairs), tuple(text for _, text in pairs), corpus.missing)
 
 
 def listed() -> dict[str, str]:
