@@ -33,7 +33,7 @@ class Generation:
     timings: Timings = field(repr=False)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: HybridLM,
     prompts: Tensor | Sequence[Sequence[int]],

@@ -23,11 +23,13 @@ def make_span(
         raise ValueError(f"the state has {len(past)} rows and ids has {B}; use state.select(rows)")
     counts = _row_lengths(lengths, B, L)
     padded = min(counts) < L
+    packed = state is not None and state.document_B is not None
+    if segment_ids is None and not packed and not padded:
+        return Span(past, counts), None, None
     position_L = torch.arange(L, device=ids_BL.device)
     count_B1 = torch.tensor(counts, device=ids_BL.device)[:, None] if padded else None
     valid_BL = position_L < count_B1 if padded else None
 
-    packed = state is not None and state.document_B is not None
     if segment_ids is None and not packed:
         return Span(past, counts, padded, valid_BL), None, None
     if segment_ids is None:

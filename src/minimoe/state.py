@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,10 +38,30 @@ class Span:
         """Every token of every row is real and belongs to one document."""
         return Span((past,) * batch, (length,) * batch)
 
-    @property
+    @cached_property
     def total(self) -> tuple[int, ...]:
         """Tokens that each row has seen after this call."""
         return tuple(p + n for p, n in zip(self.past, self.lengths))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens that the row with most of them had seen before this call."""
+        return max(self.past)
+
+    @cached_property
+    def level(self) -> bool:
+        """Whether all rows had seen equally many."""
+        return self.past.count(self.past[0]) == len(self.past)
+
+    @cached_property
+    def _made(self) -> dict[str, Tensor]:
+        return {}
+
+    def shared(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What follows from this Span and the call's shape, such as a mask: the first layer to ask makes it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 class _Buffer:
@@ -93,15 +114,15 @@ def append_kv(state: KVState | None, k_BHLP: Tensor, v_BHLP: Tensor, span: Span)
     if state is None:
         return KVState(_Buffer(k_BHLP, v_BHLP, () if graph else span.lengths), span.lengths)
     buffer, L = state.buffer, k_BHLP.shape[2]
-    needed = max(span.past) + L
+    needed = span.longest + L
     foreign = buffer.k.is_inference() != torch.is_inference_mode_enabled()
     if graph or foreign or buffer.written != state.lengths or buffer.capacity < needed:
         # Autograd remembers what it read, so a graph's buffer has no room to spare: nobody writes into it.
         room = needed if graph else needed + max(64, needed // 4)
         buffer = _Buffer(_grown(state.k, room), _grown(state.v, room), state.lengths)
-    if len(set(span.past)) == 1:
-        at = slice(span.past[0], span.past[0] + L)
-        buffer.k[:, :, at], buffer.v[:, :, at] = k_BHLP.to(buffer.k.dtype), v_BHLP.to(buffer.v.dtype)
+    if span.level:
+        buffer.k.narrow(2, span.longest, L).copy_(k_BHLP)
+        buffer.v.narrow(2, span.longest, L).copy_(v_BHLP)
     else:
         past_B = torch.tensor(span.past, device=k_BHLP.device)
         at_BL = past_B[:, None] + torch.arange(L, device=k_BHLP.device)

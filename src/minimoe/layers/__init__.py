@@ -11,11 +11,11 @@ Shape suffixes, the same in every file and in the chapters:
 from .attention import Attention, attend
 from .mamba2 import Mamba2, ssd_chunked, ssd_recurrent
 from .mlp import MLP, relu2
-from .moe import MoE, experts_grouped, experts_loop, route
+from .moe import MoE, experts_grouped, experts_loop, route, without_grouped_mm
 from .mtp import MTPBlock
 from .norm import GatedRMSNorm, RMSNorm, gated_rms_norm
 
 __all__ = [
     "MLP", "Attention", "GatedRMSNorm", "MTPBlock", "Mamba2", "MoE", "RMSNorm", "attend", "experts_grouped", "experts_loop",
-    "gated_rms_norm", "relu2", "route", "ssd_chunked", "ssd_recurrent",
+    "gated_rms_norm", "relu2", "route", "ssd_chunked", "ssd_recurrent", "without_grouped_mm",
 ]  # fmt: skip

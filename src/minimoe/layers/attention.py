@@ -35,7 +35,7 @@ def causal_mask(span: Span, length: int, keys: int, device: torch.device) -> Ten
     Padding queries see the first keys too: their output is never read, but it must not be NaN.
     """
     key_S = torch.arange(keys, device=device)
-    past = span.past if len(set(span.past)) > 1 else span.past[:1]
+    past = span.past[:1] if span.level else span.past
     past_B1 = torch.tensor(past, device=device)[:, None]
     position_BL = past_B1 + torch.arange(length, device=device)
     mask_BLS = key_S <= position_BL[:, :, None]
@@ -67,16 +67,18 @@ class Attention(nn.Module):
         if span is None:
             span = Span(state.lengths if state else (0,) * B, (L,) * B)
         q_BHLP, k_BGLP, v_BGLP = (
-            project(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            project(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         state = append_kv(state, k_BGLP, v_BGLP, span)
-        keys = max(span.past) + L
-        k_BGSP, v_BGSP = state.buffer.k[:, :, :keys], state.buffer.v[:, :, :keys]
+        keys = span.longest + L
+        k_BGSP, v_BGSP = state.buffer.k.narrow(2, 0, keys), state.buffer.v.narrow(2, 0, keys)
         # Two common cases need no mask: everything is new, or one query that sees all keys of every row.
-        fresh = max(span.past) == 0 and span.first_key_BL is None
-        last = L == 1 and len(set(span.past)) == 1 and span.first_key_BL is None
-        mask = None if fresh or last else causal_mask(span, L, keys, x_BLD.device)[:, None]
+        fresh = span.longest == 0 and span.first_key_BL is None
+        last = L == 1 and span.level and span.first_key_BL is None
+        mask = None
+        if not (fresh or last):  # all layers of a call share one
+            mask = span.shared("mask", lambda: causal_mask(span, L, keys, x_BLD.device)[:, None])
         if L == 1:
             # The queries that share a key head become rows of one product, so that a CPU reads each key once.
             q_BGJP = q_BHLP.view(B, k_BGSP.shape[1], -1, self.head_dim)

@@ -7,6 +7,9 @@ Legend: layers/__init__.py.  Matches transformers ``NemotronHTopkRouter``, ``Nem
 """
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from ..config import HybridConfig
 from .mlp import MLP, relu2
 from .norm import at_least_float32, without_autocast
+
+_grouped_mm_wanted = True
 
 
 def route(
@@ -55,22 +60,56 @@ def experts_grouped(x_TR: Tensor, up_EFR: Tensor, down_ERF: Tensor, experts_TK: 
     Only experts that were chosen are read, so a single token costs K experts and not E.
     """
     T, K = experts_TK.shape
-    choice_TK = experts_TK.flatten()
-    order = choice_TK.argsort(stable=True)
-    token = order // K
+    if T == 1:
+        return _experts_of_one(x_TR, up_EFR, down_ERF, experts_TK.tolist()[0], weights_TK)
+    x, up, down = _as_autocast_would(x_TR, up_EFR, down_ERF)
+    choice_M = experts_TK.flatten()
+    order_M = choice_M.argsort(stable=True)
+    token_M, weight_M = order_M // K, weights_TK.flatten().index_select(0, order_M)
+    counts_E = torch.bincount(choice_M, minlength=len(up))
+    grouped = len(choice_M) > len(up) and _has_grouped_mm(x, up)
+    if grouped and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # oneDNN builds a kernel for every number of rows that it has not yet met, which costs more than the product
+        from_M, real_M, counts_E = _round_up_runs(counts_E, 32)
+        token_M, weight_M = token_M.index_select(0, from_M), weight_M.index_select(0, from_M) * real_M
     # index_select, because its backward is one fast index_add
-    rows = _multiply_runs(x_TR.index_select(0, token), up_EFR, down_ERF, choice_TK)
-    rows = rows * weights_TK.flatten().index_select(0, order)[:, None]
-    return rows.new_zeros(T, x_TR.shape[1]).index_add(0, token, rows).to(x_TR.dtype)
+    rows_MR = _multiply_runs(x.index_select(0, token_M), up, down, counts_E, grouped) * weight_M[:, None]
+    return rows_MR.new_zeros(x.shape).index_add(0, token_M, rows_MR).to(x_TR.dtype)
 
 
-def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, choice_M: Tensor) -> Tensor:
+def _experts_of_one(
+    x_1R: Tensor, up_EFR: Tensor, down_ERF: Tensor, experts: list[int], weights_1K: Tensor
+) -> Tensor:
+    """One token has nothing to sort, and a decoded token is in a hurry: a matrix times a vector, twice an expert."""
+    x_R = x_1R.view(-1)
+    hidden_KF = relu2(torch.stack([F.linear(x_R, up_EFR[e]) for e in experts]))
+    out_KR = torch.stack([F.linear(hidden_F, down_ERF[e]) for hidden_F, e in zip(hidden_KF.unbind(), experts)])
+    return (weights_1K @ out_KR.to(weights_1K.dtype)).to(x_1R.dtype)
+
+
+def _as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where that is switched on: grouped_mm is not on its list."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def _round_up_runs(counts_E: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of ``counts_E`` rows made longer, to the next multiple, by repeating their last rows.
+
+    Returns which of the old rows each new row is, whether it is one of the real ones, and the new counts.
+    """
+    room_E = (counts_E + multiple - 1) // multiple * multiple
+    expert_M = torch.repeat_interleave(room_E)
+    within_M = torch.arange(len(expert_M), device=counts_E.device) - (room_E.cumsum(0) - room_E)[expert_M]
+    count_M, start_M = counts_E[expert_M], (counts_E.cumsum(0) - counts_E)[expert_M]
+    return start_M + torch.minimum(within_M, count_M - 1), within_M < count_M, room_E
+
+
+def _multiply_runs(rows_MR: Tensor, up_EFR: Tensor, down_ERF: Tensor, counts_E: Tensor, grouped: bool) -> Tensor:
     """Each run of rows through its own expert: one grouped matmul a projection where the build has it."""
-    counts_E = torch.bincount(choice_M, minlength=up_EFR.shape[0])
-    if torch.is_autocast_enabled(rows_MR.device.type):  # grouped_mm is not on autocast's list
-        dtype = torch.get_autocast_dtype(rows_MR.device.type)
-        rows_MR, up_EFR, down_ERF = rows_MR.to(dtype), up_EFR.to(dtype), down_ERF.to(dtype)
-    if _has_grouped_mm(rows_MR, up_EFR) and len(rows_MR) > up_EFR.shape[0]:
+    if grouped:
         ends_E = counts_E.cumsum(0).int()
         hidden = relu2(F.grouped_mm(rows_MR, up_EFR.mT, offs=ends_E))
         return F.grouped_mm(hidden, down_ERF.mT, offs=ends_E)
@@ -87,11 +126,22 @@ def _has_grouped_mm(x: Tensor, up_EFR: Tensor) -> bool:
     if any(width * x.element_size() % 16 for width in up_EFR.shape[1:]):  # its rows must begin at 16-byte borders
         return False
     # torch's CPU kernel takes float32 and bfloat16, its CUDA kernel bfloat16 on recent cards
-    if not hasattr(F, "grouped_mm"):
+    if not (_grouped_mm_wanted and hasattr(F, "grouped_mm")):
         return False
     if x.device.type == "cpu":
         return x.dtype in (torch.float32, torch.bfloat16)
     return x.dtype == torch.bfloat16 and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+@contextlib.contextmanager
+def without_grouped_mm() -> Iterator[None]:
+    """A context in which runs are multiplied expert after expert, as on a build or a card without a grouped matmul."""
+    global _grouped_mm_wanted
+    before, _grouped_mm_wanted = _grouped_mm_wanted, False
+    try:
+        yield
+    finally:
+        _grouped_mm_wanted = before
 
 
 class Router(nn.Module):

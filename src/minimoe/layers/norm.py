@@ -5,6 +5,8 @@ eq. 4). Matches transformers ``NemotronHRMSNorm`` and ``NemotronHRMSNormGated``.
 """
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it already was: the dtype of everything that sums or exponentiates."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves the products of x's device alone."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+    device = "cpu" if x.is_meta else x.device.type
+    # to enter autocast costs as much as three small operations, which a decoded token would pay in every layer
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class RMSNorm(nn.Module):
@@ -32,8 +36,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = at_least_float32(x)
-        return F.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -49,9 +56,10 @@ def gated_rms_norm(y_BLI: Tensor, gate_BLI: Tensor, weight_I: Tensor, groups: in
     The gate comes first, then each of the G groups of I/G channels is normalised by itself: one RMS over the
     whole inner width would be another model. Result in at least float32 (I = inner width, H * P).
     """
-    y = at_least_float32(y_BLI) * F.silu(at_least_float32(gate_BLI))
-    y = F.rms_norm(y.unflatten(-1, (groups, -1)), (y.shape[-1] // groups,), eps=eps).flatten(-2)
-    return y * weight_I
+    y_BLI = at_least_float32(y_BLI) * F.silu(at_least_float32(gate_BLI))
+    width = y_BLI.shape[-1] // groups
+    y = F.rms_norm(y_BLI.view(*y_BLI.shape[:-1], groups, width), (width,), eps=eps)
+    return y.view(y_BLI.shape) * weight_I
 
 
 class GatedRMSNorm(nn.Module):
