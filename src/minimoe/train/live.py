@@ -139,4 +139,6 @@ def _svg(fig: Any, alt: str) -> str:
     with plots.style():
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(alt, quote=True)}"', 1)
+    # a class for the site's dark mode, a style for narrow screens
+    look = 'class="mm-live" style="max-width: 100%; height: auto"'
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" {look} aria-label="{html.escape(alt, quote=True)}"', 1)

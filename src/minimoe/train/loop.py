@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -211,7 +212,8 @@ class Training:
         _same("config", {key: state["config"].get(key) for key in config}, config)
         _same("options", state["options"], dataclasses.asdict(self.options), FREE)
         self.world.load_model_state(self.model, state["model"])
-        self.world.load_optimizer_state(self.optimizer, state["optimizer"])
+        # a copy, because the optimizer would go on working in the tensors that it is given
+        self.world.load_optimizer_state(self.optimizer, copy.deepcopy(state["optimizer"]))
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if "cuda" in state["random"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)

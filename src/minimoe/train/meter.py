@@ -52,7 +52,7 @@ class Meter:
 
         .. math:: \text{MFU} = \frac{\text{tokens/s} \cdot \text{training FLOPs a token}}{\text{measured matmul FLOP/s}}
 
-        The FLOPs are those of :func:`minimoe.sizing.flops_per_token` at the window's length; short documents in a
+        The FLOPs are those of :func:`minimoe.sizing.flops.flops_per_token` at the window's length; short documents in a
         window need a little less. Under bfloat16 some products stay in float32 (see precision.py), and the peak is
         bfloat16's all the same. Of several processes each is held against the peak of this one's device.
 
