@@ -47,7 +47,7 @@ without one. Use it to see how such a model is built, exported, quantized and ma
 
 `recipe.json` has the settings, the hashes of the data and the machine, `log.jsonl` a line a step (loss of a mixture: a window
 of tasks costs less than one of code). The code became faster while this model was trained, so the command gives a model like this one and
-not the same bits. To open it:
+not the same bits. {notes}To open it:
 
 ```python
 from minimoe.interop import load_model
@@ -106,7 +106,7 @@ def card() -> str:
         **_sizes(), gguf=GGUF, data="\n".join(map(_data_row, sources[:-1])), held_files=held["files"], held_mb=held["bytes"] / 1e6,
         steps=result["steps"], batch=options["batch"], length=options["length"], tokens=result["tokens"],
         hours=result["cpu_seconds"] / 3600, loss=result["validation_loss"], bits=result["bits_per_byte"],
-        command=_command(recipe), tasks=_tasks(), figures=_figures(),
+        notes="".join(f"{note} " for note in recipe.get("notes", ())), command=_command(recipe), tasks=_tasks(), figures=_figures(),
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def _results() -> dict[str, Any]:
 def _tasks() -> str:
     shares = _results().get("numbers", {}).get("tasks", {})
     best = [name for name, both in shares.items() if max(both["with"]["share"], both["without"]["share"]) >= 0.8]
-    return f"to solve tasks of the kinds {', '.join(best)}" if best else "the form, not the content, of four kinds of task"
+    return f"to solve small tasks ({', '.join(best)})" if best else "the form, not the content, of four kinds of task"
 
 
 def _figures() -> str:
