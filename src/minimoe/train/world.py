@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from ..model import HybridLM
 from .options import TrainError
 
 START = "torchrun --nproc-per-node 2 -m minimoe train"
-T = TypeVar("T")
 
 
 class ProcessError(MinimoeError):
@@ -49,7 +48,7 @@ class World:
         """Whether ``flag`` is set in at least one process."""
         return flag
 
-    def on_first(self, do: Callable[[], T]) -> T:
+    def on_first(self, do: Callable[[], Any]) -> Any:
         """``do()`` in the first process alone; all get what it returns, or the TrainError that it raises."""
         return do()
 
