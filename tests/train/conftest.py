@@ -22,3 +22,12 @@ def tiny_run(few_files, tmp_path_factory):
     Tokenizer.train(load_corpus(few_files).texts, 320).save(tokenizer)
     return ["train", "--preset", "tiny", "--batch", "2", "--length", "32", "--device", "cpu",
             "--data", str(few_files), "--tokenizer", str(tokenizer)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of 40 files of functions that are much alike."""
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(40):
+        (folder / f"{n}.py").write_text("".join(f"def f{k}(x):\n    return x + {k * n}\n\n\n" for k in range(30)))
+    return folder

@@ -121,14 +121,6 @@ def test_peak_memory_on_cuda_begins_with_the_meter():
     assert found["peak_memory_bytes"] == peak_memory(device)["peak_memory_bytes"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for n in range(40):
-        (folder / f"{n}.py").write_text("".join(f"def f{k}(x):\n    return x + {k * n}\n\n\n" for k in range(30)))
-    return folder
-
-
 def test_the_command_says_how_fast_it_was(text, tmp_path, capsys):
     words = ["train", "--preset", "tiny", "--batch", "2", "--length", "32", "--data", str(text)]
     assert cli.main([*words, "--steps", "4", "--mfu", "--json", "--out", str(tmp_path / "a")]) == 0

@@ -12,14 +12,6 @@ from minimoe.train import Meter, TensorBoard, TrainError, Training, TrainOptions
 SIZES = ["--preset", "tiny", "--batch", "2", "--length", "32", "--save-every", "3", "--tensorboard"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for n in range(40):
-        (folder / f"{n}.py").write_text("".join(f"def f{k}(x):\n    return x + {k * n}\n\n\n" for k in range(30)))
-    return folder
-
-
 def curves(folder):
     """{tag: [(step, value), ...]} as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..cache import cache_folder
 from .batches import Tokens, encode_corpus
-from .corpus import CorpusError, load_corpus
+from .corpus import Corpus, CorpusError, load_corpus
 from .packed import PackedError, header_path, open_packed, pack, pack_once
 from .streaming import PREFIX, documents
 from .tasks import task_tokens
@@ -98,7 +99,7 @@ def _tokenizer(directory: str | os.PathLike[str] | None, texts: Sequence[str], v
     return tokenizer
 
 
-def _corpus(corpus: Any, tokenizer: Tokenizer, progress: bool) -> tuple[Tokens, dict[str, Any]]:
+def _corpus(corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> tuple[Tokens, dict[str, Any]]:
     tokens = (pack_once(corpus, tokenizer, cache_folder() / "tokens", progress) if corpus.bytes > LARGE
               else encode_corpus(corpus, tokenizer, progress))  # fmt: skip
     return tokens, {"name": corpus.name, "sha256": corpus.sha256, "files": len(corpus.names), "bytes": corpus.bytes}
@@ -135,12 +136,8 @@ def _streamed(
 
 
 def _corpus_hash(path: Path) -> str:
-    import json
-
     return json.loads(header_path(path).read_text(encoding="utf-8"))["corpus"]
 
 
 def _in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
-    from .corpus import Corpus
-
     return encode_corpus(Corpus("held out", tuple(map(str, range(len(texts)))), tuple(texts)), tokenizer)
