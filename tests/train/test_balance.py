@@ -13,6 +13,7 @@ from minimoe import HybridLM
 from minimoe.data import Tokens
 from minimoe.layers.moe import Router
 from minimoe.train import BiasUpdate, Training, TrainOptions, evaluate, train
+from minimoe.train.balance import balance_loss
 
 QUICK = TrainOptions(steps=6, batch=4, length=24, precision="float32")
 NOISE = Tokens(np.random.default_rng(0).integers(3, 61, 4000).astype(np.uint16), 4000)
@@ -140,3 +141,64 @@ def test_closed_it_counts_no_more():
     training.close()
     training.model.loss(*training.batches(0))
     assert all(not counts.any() for counts in training.balance.counts)
+
+
+def test_the_balance_loss_is_1_at_balance_and_E_over_K_at_worst():
+    even_BLK = (torch.arange(12).view(1, 6, 2) % EXPERTS).expand(3, 6, 2)
+    assert balance_loss(even_BLK, torch.rand(3, 1, EXPERTS).expand(3, 6, EXPERTS)).item() == pytest.approx(1)
+    same_BLK = torch.tensor([0, 1]).expand(3, 6, 2)
+    worst_BLE = torch.tensor([0.9, 0.4, 0, 0, 0, 0]).expand(3, 6, EXPERTS)
+    assert balance_loss(same_BLK, worst_BLE).item() == pytest.approx(EXPERTS / TOP)
+
+
+def test_the_balance_loss_is_of_each_sequence_and_pulls_scores_toward_idle_experts():
+    # two sequences that use two experts each, others than the other one: together they are more even than alone
+    chosen_BLK = torch.tensor([[[0, 1]], [[2, 3]]]).expand(2, 5, 2)
+    scores_BLE = torch.full((2, 5, EXPERTS), 0.5, requires_grad=True)
+    loss = balance_loss(chosen_BLK, scores_BLE)
+    loss.backward()
+    assert loss.item() == pytest.approx(1)  # even scores, whatever is chosen
+    assert (scores_BLE.grad[0, :, :2] > 0).all() and (scores_BLE.grad[0, :, 2:] < 0).all()
+    assert (scores_BLE.grad[1, :, 2:4] > 0).all() and (scores_BLE.grad[1, :, [0, 1, 4, 5]] < 0).all()
+
+
+def test_the_balance_loss_enters_the_gradient_with_its_weight_and_leaves_the_logged_loss_alone():
+    runs = {weight: Training(model(), NOISE, dataclasses.replace(QUICK, balance_loss=weight, clip=1e9)) for weight in (0, 1, 3)}
+    logged = {weight: run.step().loss for weight, run in runs.items()}
+    assert logged[0] == logged[1] == logged[3]
+    grad = {weight: torch.stack([router.weight.grad for router in routers(run.model)]) for weight, run in runs.items()}
+    assert (grad[1] - grad[0]).abs().max() > 1e-5
+    torch.testing.assert_close(grad[3] - grad[0], 3 * (grad[1] - grad[0]), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"recompute": True}])
+def test_the_balance_loss_is_the_same_in_parts_and_recomputed(changes):
+    options = dataclasses.replace(QUICK, steps=1, balance_loss=1.0, documents=False)
+    whole, other = (Training(model(), NOISE, dataclasses.replace(options, **more)) for more in ({}, changes))
+    for run in (whole, other):
+        run.step()
+    for one, two in zip(routers(whole.model), routers(other.model)):
+        torch.testing.assert_close(one.weight.grad, two.weight.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_an_expert_whose_scores_have_sunk_is_brought_back():
+    def lowest(weight):
+        ours = model()
+        for router in routers(ours.model):
+            with torch.no_grad():
+                router.weight *= 12  # scores near 0 and near 1, and an expert's sink where they stay
+        options = dataclasses.replace(QUICK, steps=40, balance=0.0, balance_loss=weight, lr=5e-3)
+        seen = []
+        train(ours, NOISE, options)
+        hooks = [router.register_forward_hook(lambda _, args, out: seen.append(out[2].mean(0).min())) for router in routers(ours.model)]
+        with torch.no_grad():
+            ours(torch.randint(3, 61, (8, 64), generator=torch.Generator().manual_seed(5)))
+        [hook.remove() for hook in hooks]
+        return min(map(float, seen))
+
+    assert lowest(1.0) > lowest(0.0) + 0.1
+
+
+def test_a_model_without_experts_has_no_balance_loss():
+    torch.manual_seed(0)
+    train(HybridLM(small_config("M*")), NOISE, dataclasses.replace(QUICK, steps=1, balance_loss=1.0))

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
     parser.add_argument("--decay", type=float, default=0.3, help="last share of the steps, in which it falls (default: 0.3)")
     parser.add_argument("--mtp-weight", type=float, default=0.3, help="weight of the MTP loss; 0: no MTP block")
+    parser.add_argument("--balance", type=float, default=1e-3, metavar="RATE",
+                        help="how far a router's correction bias moves a step (default: 0.001)")
+    parser.add_argument("--balance-loss", type=float, default=0.0, metavar="WEIGHT",
+                        help="weight of a loss on routers that prefer experts (default: 0; Nemotron 3 has 0.0001)")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"),

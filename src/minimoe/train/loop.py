@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batches, Tokens, split_documents
 from ..model import HybridLM
-from .balance import BiasUpdate
+from .balance import BalanceLoss, BiasUpdate
 from .compiling import compiled
 from .optimizers import adamw
 from .options import Diverged, OutOfMemory, Step, TrainError, TrainOptions
@@ -30,14 +30,22 @@ FREE = ("steps", "decay", "accumulate", "recompute", "compile")  # options that 
 class Loss(nn.Module):
     """The model with its losses as ``forward``: what distributed wrappers and torch.compile take hold of."""
 
-    def __init__(self, model: HybridLM) -> None:
+    def __init__(self, model: HybridLM, balanced: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.routers = BalanceLoss(model) if balanced else None
 
-    def forward(self, ids: Tensor, targets: Tensor, segment_ids: Tensor | None, mtp: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, ids: Tensor, targets: Tensor, segment_ids: Tensor | None, mtp: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The model's loss, the MTP block's, and the routers' balance loss; None where it is not wanted."""
+        if self.routers is not None:
+            self.routers.forget()
         if mtp:
-            return self.model.losses(ids, targets, segment_ids=segment_ids)
-        return self.model.loss(ids, targets, segment_ids=segment_ids), None
+            main, guess = self.model.losses(ids, targets, segment_ids=segment_ids)
+        else:
+            main, guess = self.model.loss(ids, targets, segment_ids=segment_ids), None
+        return main, guess, None if self.routers is None else self.routers.take(len(ids))
 
 
 class Training:
@@ -62,7 +70,9 @@ class Training:
         self.device = model.lm_head.weight.device
         self.with_mtp = model.mtp is not None and options.mtp_weight > 0
         blocks = [*model.model.layers, *([] if model.mtp is None else [model.mtp])]
-        self.loss = self.world.wrap(Loss(model), blocks, unused=model.mtp is not None and not self.with_mtp)
+        whole = Loss(model, balanced=options.balance_loss > 0 and bool(self.balance.routers))
+        self.routers = whole.routers
+        self.loss = self.world.wrap(whole, blocks, unused=model.mtp is not None and not self.with_mtp)
         self.optimizer = adamw(model, options.lr, options.weight_decay)  # now, because fsdp has put other parameters there
         self.end_id = model.config.eos_token_ids[0] if options.documents and model.config.eos_token_ids else None
         self.rows = options.batch // self.world.size  # windows a step that are this process's
@@ -110,6 +120,8 @@ class Training:
         """Leave the model as any other: no counting, nothing recomputed, whole (in the first process)."""
         self._open.close()
         self.balance.close()
+        if self.routers is not None:
+            self.routers.close()
         self.model = self.world.whole(self.model)
         self.model.model.recompute = False
 
@@ -125,8 +137,9 @@ class Training:
         for number, (ids, targets, segments) in enumerate(self._parts(batch), 1):
             with self.world.part(self.loss, send=number == self.accumulate and not rehearsal):
                 with autocast(self.device, self.options.precision, self.model.config.hidden_size):
-                    main, mtp = self.loss(ids, targets, segments, self.with_mtp)
+                    main, mtp, balance = self.loss(ids, targets, segments, self.with_mtp)
                     total = main if mtp is None else main + self.options.mtp_weight * mtp
+                    total = total if balance is None else total + self.options.balance_loss * balance
                 # of the batch's targets, because a part's loss is its own mean
                 share = (targets != -100).sum().to(main.dtype) / counted
                 (total * share * self.world.size).backward()  # because the mean over processes is taken

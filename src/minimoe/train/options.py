@@ -30,6 +30,7 @@ class TrainOptions:
     clip           largest norm of all gradients together
     mtp_weight     what the MTP block's loss counts (0.3 in Nemotron 3 Super, 0.1 in Ultra); 0 leaves the block alone
     balance        how far a router's correction bias moves a step (see BiasUpdate); 0 leaves the biases alone
+    balance_loss   what the routers' balance loss counts (see balance_loss; 1e-4 in Nemotron 3); 0 leaves it out
     documents      end-of-text ids end a document: nothing passes from one to the next, and its first token is not
                    guessed; False reads each window as one text
     precision      "bfloat16": products in bfloat16, weights and sums in float32; "auto": that where it pays
@@ -50,6 +51,7 @@ class TrainOptions:
     clip: float = 1.0
     mtp_weight: float = 0.3
     balance: float = 1e-3
+    balance_loss: float = 0.0
     documents: bool = True
     precision: str = "auto"
     recompute: bool = False
@@ -65,7 +67,7 @@ class TrainOptions:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise TrainError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("weight_decay", "mtp_weight", "balance"):
+        for name in ("weight_decay", "mtp_weight", "balance", "balance_loss"):
             if not getattr(self, name) >= 0:
                 raise TrainError(f"{name}={getattr(self, name)}: must be 0 or above")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
