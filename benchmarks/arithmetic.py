@@ -1,32 +1,27 @@
 """What a model must compute and read, counted from its shape: the bounds that measured times are held against.
 
-Only what the mathematics needs: matrices, the causal half of attention's scores, the recurrence. Norms, activations,
-the convolution, the router's sorting, and what a faster form computes twice are left out, so a share of the peak that
-is taken from these counts never flatters.
+Only what the mathematics needs: matrices, the causal half of attention's scores, the convolution, the recurrence. Norms,
+activations, the router's sorting, and what a faster form computes twice are left out, so a share of the peak that is
+taken from these counts never flatters.
 """
 from __future__ import annotations
 
 from minimoe import HybridConfig
-from minimoe.sizing import count_parameters, state_bytes
+from minimoe.sizing import count_parameters, flops_per_token, state_bytes
 
 
 def forward_flops(config: HybridConfig, batch: int, length: int, heads: int | None = None) -> float:
-    """Floating-point operations of reading ``batch`` sequences of ``length`` tokens; a multiplication and the
-    addition after it are two.
+    """Floating-point operations of reading ``batch`` sequences of ``length`` tokens, without the MTP block.
 
-        tokens * 2 * active weights  +  heads * 2 * V * D
-        + attention layers * 2 * 2 * H * P * (1 + 2 + ... + L)     scores, and their product with the values
-        + Mamba-2 layers * L * 2 * 2 * H * P * N                   writing the state, and reading it
+    As :func:`minimoe.sizing.flops_per_token` counts, but with Mamba-2 as its recurrence needs it: H * P * N products to
+    write the state and as many to read it. The chunked form multiplies more.
 
     heads   tokens a sequence that get logits (default: all; a prompt needs one)
     """
-    heads = length if heads is None else heads
-    weights = count_parameters(config).active * length + heads * config.vocab_size * config.hidden_size
-    pattern = config.hybrid_override_pattern
-    width = config.num_attention_heads * config.head_dim
-    attention = pattern.count("*") * 2 * width * length * (length + 1) / 2
-    recurrence = pattern.count("M") * 2 * config.mamba_inner_size * config.ssm_state_size * length
-    return 2.0 * batch * (weights + attention + recurrence)
+    kinds = flops_per_token(config, length, mtp=False).by_kind
+    recurrence = config.hybrid_override_pattern.count("M") * 4 * config.mamba_inner_size * config.ssm_state_size
+    token = sum(number for kind, number in kinds.items() if kind not in ("head", "ssd")) + recurrence
+    return batch * (length * token + (length if heads is None else heads) * kinds["head"])
 
 
 def training_flops(config: HybridConfig, batch: int, length: int) -> float:

@@ -14,10 +14,14 @@ from .errors import MinimoeError
 COMMANDS = {
     "doctor": "check this machine, and say what would mend it",
     "inspect": "parameters and state of a model, from its shape",
+    "plan": "will a model fit, in which quant, and how fast can it be",
     "train": "train a small model on text that is already here",
     "generate": "continue a text with a model",
+    "bench": "how fast this machine is, and models on it; compare measured machines",
     "export": "the same weights for another program: a directory to GGUF, or back",
 }
+
+ALIASES = {"fit": "plan"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,10 +53,11 @@ def _run(argv: list[str]) -> int:
     parser = _Parser(prog="minimoe", description="Nemotron 3's arithmetic at any size.")
     parser.add_argument("--version", action="version", version=f"minimoe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((word for word in argv if word in COMMANDS), None)
+    chosen = next((word for word in argv if word in COMMANDS or word in ALIASES), None)
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if name == chosen:
+        aliases = [alias for alias, command in ALIASES.items() if command == name]
+        command = commands.add_parser(name, aliases=aliases, help=summary, description=summary)
+        if name == ALIASES.get(chosen, chosen):
             module = importlib.import_module(f".commands.{name}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)

@@ -205,10 +205,10 @@ def test_flops_are_those_that_torch_counts(monkeypatch, pattern):
         model(torch.arange(length)[None])
     counts = counter.get_flop_counts()["Global"]
     counted = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
-    vectors = sum(t.numel() for name, t in model.state_dict().items() if t.dim() == 1 or "conv1d" in name)
+    convolution = sum(t.numel() for name, t in model.state_dict().items() if name.endswith("conv1d.weight"))
     scores = pattern.count("*") * 2 * config.num_attention_heads * config.head_dim * length * (length + 1) // 2
     recurrence = pattern.count("M") * 2 * config.mamba_inner_size * config.ssm_state_size * length
-    assert arithmetic.forward_flops(config, 1, length) == counted + 2 * (length * vectors + scores + recurrence)
+    assert arithmetic.forward_flops(config, 1, length) == counted + 2 * (length * convolution + scores + recurrence)
     one = arithmetic.forward_flops(config, 1, length, heads=1)
     assert arithmetic.forward_flops(config, 1, length) - one == 2 * (length - 1) * config.vocab_size * config.hidden_size
     assert arithmetic.training_flops(config, 3, length) == 9 * arithmetic.forward_flops(config, 1, length)

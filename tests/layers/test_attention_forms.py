@@ -1,5 +1,7 @@
 """Attention: the definition against SDPA, with masks, states and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from core_helpers import error, normal, scramble, small_config
@@ -80,6 +82,27 @@ def test_documents_do_not_see_each_other():
     for piece in (slice(0, 3), slice(3, 6), slice(6, 7)):
         assert error(y[:, piece], by_definition(layer, x[:, piece])) < 1e-12
     assert error(y, by_definition(layer, x)) > 1e-3
+
+
+def test_a_key_head_for_each_query_head_changes_nothing(monkeypatch):
+    """What a GPU gets with a mask, done here."""
+    layer, x = layer_of(), normal(2, 7, 32, seed=1).requires_grad_()
+    first_key = torch.tensor([[0, 0, 0, 3, 3, 3, 6]] * 2)
+    results = []
+    for equal in (False, True):
+        monkeypatch.setattr(module, "wants_equal_heads", lambda q_BHLP, mask, equal=equal: equal)
+        y, state = layer(x, None, Span((0, 0), (7, 7), run_BL=first_key, first_key_BL=first_key))
+        assert state.buffer.k.shape[1] == 2  # the state keeps them once
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    assert all(error(one, other) < 1e-12 for one, other in zip(*results, strict=True))
+
+
+def test_heads_are_equal_where_a_gpu_has_no_kernel_for_shared_ones():
+    wants = lambda dtype, mask, cuda=True: module.wants_equal_heads(SimpleNamespace(is_cuda=cuda, dtype=dtype), mask)  # noqa: E731
+    mask = torch.ones(1)
+    assert not wants(torch.bfloat16, None) and not wants(torch.float16, None)
+    assert wants(torch.bfloat16, mask) and wants(torch.float32, None) and wants(torch.float32, mask)
+    assert not wants(torch.float32, mask, cuda=False)
 
 
 def test_mask_says_what_each_query_may_see():

@@ -6,6 +6,8 @@
 
 ``models.json`` is the index. A model of the Nemotron-H family has its ``config.json`` beside it, with the
 field names and values of the release; any other has its blocks in the form of :func:`spec_from_dict`.
+``devices.json`` has GPUs and memories, ``files.json`` published GGUF files. Readers add entries of their own with a
+file, see :mod:`.own`.
 Imports no torch.
 """
 from __future__ import annotations
@@ -20,6 +22,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config import ConfigError, HybridConfig
+from . import own
+from .gguf_files import GGUFFile, files
+from .hardware import Device, HostMemory, UnknownDevice, device, devices, host_memories, host_memory
+from .own import CatalogError
 from .spec import (
     MLP,
     MTP,
@@ -34,8 +40,9 @@ from .spec import (
 )
 
 __all__ = [
-    "MLP", "MTP", "ArchitectureSpec", "Attention", "Block", "CatalogEntry", "Mamba2", "MoE", "Published",
-    "UnknownModel", "as_spec", "model", "models", "spec_from_config", "spec_from_dict",
+    "ArchitectureSpec", "Attention", "Block", "CatalogEntry", "CatalogError", "Device", "GGUFFile", "HostMemory", "MLP",
+    "MTP", "Mamba2", "MoE", "Published", "UnknownDevice", "UnknownModel", "as_spec", "device", "devices",
+    "files", "host_memories", "host_memory", "model", "models", "spec_from_config", "spec_from_dict",
 ]  # fmt: skip
 
 
@@ -63,19 +70,34 @@ class CatalogEntry:
 
 
 def models() -> list[str]:
-    """The names, in the order of the index."""
-    return list(_index())
+    """The names, in the order of the index, then those of the reader's own file."""
+    return list(_index() | own.section("models"))
+
+
+def model(name: str) -> CatalogEntry:
+    """The entry of a name.
+
+    Raises
+    ------
+    UnknownModel
+        with the nearest name and all there are.
+    CatalogError
+        an entry of the reader's own file cannot be used.
+    """
+    mine = own.section("models")
+    if name in mine:
+        return _own_model(name, mine[name])
+    if name not in _index():
+        close = difflib.get_close_matches(str(name).lower(), models(), n=1, cutoff=0.5)
+        close = close or [known for known in models() if str(name).lower() in known][:1]
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        raise UnknownModel(f"unknown model {name!r}{hint} the catalogue has {', '.join(models())}")
+    return _published_model(name)
 
 
 @cache
-def model(name: str) -> CatalogEntry:
-    """The entry of a name; raises :class:`UnknownModel`."""
-    index = _index()
-    if name not in index:
-        close = difflib.get_close_matches(str(name).lower(), index, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ";"
-        raise UnknownModel(f"unknown model {name!r}{hint} the catalogue has {', '.join(index)}")
-    item = index[name]
+def _published_model(name: str) -> CatalogEntry:
+    item = _index()[name]
     config = None
     if "config" in item:
         config = HybridConfig.from_dict(_read(item["config"]) | item.get("changes", {}))
@@ -84,6 +106,30 @@ def model(name: str) -> CatalogEntry:
         spec = spec_from_dict(name, _read(item["spec"]))
     published = {key: Published(**figure) for key, figure in item["published"].items()}
     return CatalogEntry(name, spec, config, MappingProxyType(published), item["source"])
+
+
+def _own_model(name: str, item: object) -> CatalogEntry:
+    """A model of the reader's file: "config" or "spec" as an object, or as the path of a JSON file beside it."""
+    path = own.own_file()
+    where = f"{path}: models.{name}"
+    item = own.fields(item, where, {"source": (str,)}, {"config": (dict, str), "spec": (dict, str), "published": (dict,)})
+    if ("config" in item) == ("spec" in item):
+        raise CatalogError(f"{where}: give config (of a Nemotron-H model) or spec (blocks of any other)")
+    shape = item.get("config", item.get("spec"))
+    figures = {key: Published(**own.fields(figure, f"{where}: published.{key}", {"value": (float,), "source": (str,)}))
+               for key, figure in item.get("published", {}).items()}  # fmt: skip
+    config = None
+    try:
+        if isinstance(shape, str):
+            shape = json.loads((path.parent / shape).read_text(encoding="utf-8"))
+        if "config" in item:
+            config = HybridConfig.from_dict(shape)
+        spec = spec_from_config(config, name) if config else spec_from_dict(name, shape)
+    except KeyError as error:
+        raise CatalogError(f"{where}: {error} is missing, or no kind or shape of that name exists") from None
+    except (AttributeError, TypeError, ValueError, OSError) as error:
+        raise CatalogError(f"{where}: {error}") from None
+    return CatalogEntry(name, spec, config, MappingProxyType(figures), item["source"])
 
 
 @cache

@@ -4,21 +4,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .. import catalog
-from ..config import PRESETS, ConfigError, HybridConfig
+from ..config import PRESETS
 from ..sizing import count_parameters, state_bytes
-from . import UserError
+from .shapes import HELP, find_shape
 
 CONTEXTS = (8_192, 32_768, 131_072, 1_048_576)
 KINDS = ("mamba2", "attention", "moe", "mlp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="catalogue name, preset, config.json or its folder")
+    parser.add_argument("model", metavar="MODEL", help=HELP)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.epilog = f"catalogue: {', '.join(catalog.models())}; presets: {', '.join(PRESETS)}"
 
@@ -35,7 +33,7 @@ def inspect(name: str) -> dict[str, Any]:
     ``kv_bytes_per_token`` is what a token adds at the longest context, ``kv_window_bytes`` what layers with a
     sliding window hold by then: KV of n tokens is n times the one plus the other.
     """
-    spec, published, source = _find(name)
+    spec, published, source = find_shape(name)
     parameters = count_parameters(spec)
     claimed = published.get("claimed_context")
     longest = max(spec.context or 0, claimed.value if claimed else 0)
@@ -61,38 +59,6 @@ def inspect(name: str) -> dict[str, Any]:
         },
         "published": {key: dataclasses.asdict(figure) for key, figure in published.items()},
     }
-
-
-def _find(name: str) -> tuple[catalog.ArchitectureSpec, Mapping[str, catalog.Published], str]:
-    if name in catalog.models():
-        entry = catalog.model(name)
-        return entry.spec, entry.published, entry.source
-    if name in PRESETS:
-        return catalog.spec_from_config(HybridConfig.preset(name), name), {}, "preset of this package"
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        return catalog.spec_from_config(_read_config(path), str(path)), {}, str(path)
-    if path.suffix == ".json" or len(path.parts) > 1:
-        raise UserError(f"{path}: no such file")
-    catalog.model(name)  # raises, with the names there are
-    raise AssertionError("unreachable")
-
-
-def _read_config(path: Path) -> HybridConfig:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a config is a JSON object, this is a {type(data).__name__}")
-    try:
-        return HybridConfig.from_dict(data)
-    except ConfigError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError) as error:  # a value of a wrong type, such as a word for a number
-        raise UserError(f"{path}: a value has the wrong type: {error}") from None
 
 
 def _text(figures: dict[str, Any]) -> str:

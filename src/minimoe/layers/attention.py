@@ -44,6 +44,15 @@ def causal_mask(span: Span, length: int, keys: int, device: torch.device) -> Ten
     return mask_BLS
 
 
+def wants_equal_heads(q_BHLP: Tensor, mask: Tensor | None) -> bool:
+    """Whether shared key heads would cost a GPU its fused kernel, and with it the memory of all scores.
+
+    Of torch's kernels for CUDA the one that takes masks and float32 knows no shared heads (as of torch 2.13), and the
+    one that knows shared heads takes neither. Keys and values once for each query head are far less than scores.
+    """
+    return q_BHLP.is_cuda and (mask is not None or q_BHLP.dtype not in (torch.float16, torch.bfloat16))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with projections.
 
@@ -84,6 +93,8 @@ class Attention(nn.Module):
             q_BGJP = q_BHLP.view(B, k_BGSP.shape[1], -1, self.head_dim)
             y_BHLP = F.scaled_dot_product_attention(q_BGJP, k_BGSP, v_BGSP, attn_mask=mask).view_as(q_BHLP)
         else:
+            if wants_equal_heads(q_BHLP, mask):
+                k_BGSP, v_BGSP = (x.repeat_interleave(q_BHLP.shape[1] // x.shape[1], dim=1) for x in (k_BGSP, v_BGSP))
             y_BHLP = F.scaled_dot_product_attention(
                 q_BHLP, k_BGSP, v_BGSP, attn_mask=mask, is_causal=fresh, enable_gqa=True
             )
