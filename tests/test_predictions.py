@@ -1,6 +1,7 @@
 """Predictions: kept, compared, scored; in memory under the ci profile."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -33,7 +34,40 @@ def test_scored_lists_all_with_measurements():
     p.compare("b", measured=3)
     got = p.scored()
     assert [(c.key, c.prediction, c.measured, c.ratio) for c in got] == [("a", 4, None, None), ("b", 2, 3, 1.5)]
-    assert "<td>3 s&lt;</td>" in got._repr_html_() and repr(got).splitlines()[2] == "b | 2 s< |  | 3 s< | 1.5"
+    assert "<td>3 s&lt;</td>" in got._repr_html_() and repr(got).splitlines()[2] == "b | 2 s< |  | 3 s< | 1.5 | 0.58"
+
+
+def test_score():
+    """The distance from measurement to guess in doublings, the same in both directions."""
+    for guess, measured, score in ((10, 10, 0), (10, 20, 1), (20, 10, 1), (5, 40, 3), (1e-300, 1e300, 2 * 300 / math.log10(2))):
+        c = p.Comparison("a", prediction=guess, measured=measured)
+        assert c.score == pytest.approx(score, abs=1e-12)
+    for guess, measured in ((0, 3), (3, 0), (-2, 3), (-2, -3), (0, 0), (None, 3), (3, None)):
+        assert p.Comparison("a", prediction=guess, measured=measured).score is None
+
+
+def test_the_median_is_of_what_has_a_score():
+    for key, guess, measured in (("a", 1, 1), ("b", 1, 4), ("c", 1, 2), ("d", 1, None), ("e", 0, 3), ("f", -1, 2)):
+        p.predict(key, guess)
+        p.compare(key, measured=measured)
+    got = p.scored()
+    assert got.median == 1
+    said = ("Median score of 3 questions: 1.00, which is 2 times off; 1 question not measured yet; "
+            "2 questions without a score, because the guess or the measurement is not above 0.")  # fmt: skip
+    assert got.verdict == said and repr(got).endswith(said) and f"<p>{said}</p>" in got._repr_html_()
+    assert [row.split(" | ")[-1] for row in repr(got).splitlines()[1:-1]] == ["0.00", "2.00", "1.00", "", "", ""]
+
+
+def test_without_scores_there_is_no_median():
+    p.predict("a", 0)
+    p.compare("a", measured=0)
+    assert p.scored().median is None and p.scored().verdict.startswith("No question has a score yet; 1 question without")
+
+
+def test_a_guess_may_be_off_by_more_than_a_float_can_say():
+    p.predict("a", 1e-300)
+    p.compare("a", measured=1e300)
+    assert "1993.16" in p.scored().verdict
 
 
 def test_a_new_guess_drops_the_old_measurement_and_the_same_one_keeps_it():

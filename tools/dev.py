@@ -31,7 +31,7 @@ from common import ROOT, notebook_env
 EXTRAS = ("book", "run", "grade", "dev")
 LLAMA = "llama"
 OLDEST, NEWEST = (3, 11), (3, 13)
-NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOKS, PAGES = ROOT / "notebooks", ROOT / "book"  # chapters, and pages that are notebooks too
 
 
 class Stop(Exception):
@@ -141,13 +141,15 @@ def llama_options(flags: str) -> str:
     return "-DLLAVA_BUILD=OFF" + (" -DGGML_NATIVE=OFF" if "amx_int8" in flags else "")
 
 
+def _notebooks(pattern: str) -> list[str]:
+    return [p.relative_to(ROOT).as_posix() for folder in (NOTEBOOKS, PAGES) for p in sorted(folder.glob(pattern))]
+
+
 def chapters(wanted: list[str]) -> list[str]:
-    """Notebook paths for "02" or "02_attention" or "assignments/A1", all chapters for nothing."""
-    every = sorted(p.relative_to(ROOT).as_posix() for p in NOTEBOOKS.glob("*.ipynb"))
-    found = []
+    """Notebook paths for "02" or "02_attention" or "assignments/A1" or "calculator", all of them for nothing."""
+    every, found = _notebooks("*.ipynb"), []
     for w in wanted:
-        w = w.removesuffix(".ipynb").removeprefix("notebooks/")
-        hits = sorted(p.relative_to(ROOT).as_posix() for p in NOTEBOOKS.glob(f"{w}*.ipynb"))
+        hits = _notebooks(f"{w.removesuffix('.ipynb').removeprefix('notebooks/').removeprefix('book/')}*.ipynb")
         if not hits:
             raise Stop(f"no chapter {w!r} in notebooks/; there are {', '.join(pathlib.Path(e).stem for e in every) or 'none'}")
         found += hits
@@ -193,7 +195,7 @@ def lab(py: str, args: list[str]) -> None:
 
 
 def pytest(py: str, marks: str, args: list[str]) -> None:
-    where = ["tests", "notebooks"] if any(NOTEBOOKS.glob("*.ipynb")) else ["tests"]
+    where = ["tests", *(folder.name for folder in (NOTEBOOKS, PAGES) if any(folder.glob("*.ipynb")))]
     # loadfile: a notebook's cells are one file and must stay with one kernel
     call(
         py, "-m", "pytest", "-m", marks, "-n", "2", "--dist", "loadfile", "-q",

@@ -109,6 +109,8 @@ def page(app, pagename, templatename, context, doctree):
     body = body.replace(' role="doc-biblioentry"', "")
     # wide output and code scroll in their own box, so the box must be reachable by keyboard
     body = body.replace('<div class="highlight"><pre>', '<div class="highlight"><pre tabindex="0">')
+    # a notebook's output links to notebooks, which are pages here
+    body = re.sub(r'(<a href="[\w./-]+)\.ipynb"', r'\1.html"', body)
     # a signature over several lines is a list of definitions without terms
     body = re.sub(r'<dt class="sig.*?</dt>', _signature, body, flags=re.S)
     context["body"] = body

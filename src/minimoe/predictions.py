@@ -1,4 +1,4 @@
-"""The reader's guesses, kept, and shown beside the bound and the measurement.
+"""The reader's guesses, kept, shown beside the bound and the measurement, and scored.
 
 Guesses live in one small JSON file in the user's data directory, or where MINIMOE_PREDICTIONS says. Under the ci
 profile they stay in memory, so that stored outputs never depend on whose machine made them.
@@ -11,8 +11,10 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +104,16 @@ class Comparison:
         return _ratio(self.measured, self.prediction)
 
     @property
+    def score(self) -> float | None:
+        """|log2(measured / prediction)|: 0 for a perfect guess, 1 for one that is half or twice the measurement.
+
+        None where either is missing or not above 0, since a ratio says nothing there.
+        """
+        if self.prediction is None or self.measured is None or min(self.prediction, self.measured) <= 0:
+            return None
+        return abs(math.log2(self.measured) - math.log2(self.prediction))
+
+    @property
     def of_bound(self) -> float | None:
         """measured / bound; None where either is missing or the bound is 0."""
         return _ratio(self.measured, self.bound)
@@ -126,31 +138,62 @@ class Comparison:
 
 
 class Scored(list[Comparison]):
-    """A list of comparisons that shows itself as one table."""
+    """A list of comparisons that shows itself as one table, with the score of each and the median of all."""
 
-    COLUMNS = ("question", "prediction", "bound", "measured", "measured / prediction")
+    COLUMNS = ("question", "prediction", "bound", "measured", "measured / prediction", "score")
+    EMPTY = "No predictions are stored on this machine yet."
+
+    @property
+    def median(self) -> float | None:
+        """The median of all scores; None if there are none."""
+        scores = [c.score for c in self if c.score is not None]
+        return statistics.median(scores) if scores else None
+
+    @property
+    def verdict(self) -> str:
+        """What the scores say, in a line."""
+        scores, open_ = sum(c.score is not None for c in self), sum(c.measured is None for c in self)
+        lost = len(self) - scores - open_
+        said = ["No question has a score yet"]
+        if self.median is not None:
+            off = f"{2 ** min(self.median, 1000):.3g} times off"  # a float ends at 2**1024
+            said = [f"Median score of {_count(scores, 'question')}: {self.median:.2f}, which is {off}"]
+        if open_:
+            said.append(f"{_count(open_, 'question')} not measured yet")
+        if lost:
+            said.append(f"{_count(lost, 'question')} without a score, because the guess or the measurement is not above 0")
+        return "; ".join(said) + "."
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
             (c.key, _show(c.prediction, c.unit), "" if c.bound is None else _show(c.bound, c.unit),
-             _show(c.measured, c.unit), "" if c.ratio is None else f"{c.ratio:.2g}")
+             _show(c.measured, c.unit), "" if c.ratio is None else f"{c.ratio:.2g}", "" if c.score is None else f"{c.score:.2f}")
             for c in self
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
         if not self:
-            return '<p class="mm-volatile">No predictions are stored on this machine yet.</p>'
-        head = "".join(f'<th scope="col">{c}</th>' for c in self.COLUMNS)
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(r[0])}</th>' + "".join(f"<td>{html.escape(x)}</td>" for x in r[1:]) + "</tr>"
-            for r in self._cells()
-        )
-        return f'<div class="mm-card"><table class="mm-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            return f'<p class="mm-volatile">{self.EMPTY}</p>'
+        rows = ([html.escape(text) for text in row] for row in self._cells())
+        return f'<div class="mm-card">{html_table(self.COLUMNS, rows)}<p>{html.escape(self.verdict)}</p></div>'
 
     def __repr__(self) -> str:
         if not self:
-            return "No predictions are stored on this machine yet."
-        return "\n".join(" | ".join(r) for r in [self.COLUMNS, *self._cells()])
+            return self.EMPTY
+        return "\n".join([*(" | ".join(row) for row in [self.COLUMNS, *self._cells()]), self.verdict])
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def html_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of cells that are HTML already; the first of a row is its heading."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{x}</td>" if n else f'<th scope="row">{x}</th>' for n, x in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f'<table class="mm-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def predict(key: str, value: float, unit: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -18,8 +19,8 @@ class FakeTimer:
     def seconds(self):
         return 1.0
 
-    def __init__(self, statement, globals, num_threads):
-        self.statement, self.names, self.num_threads = statement, globals, num_threads
+    def __init__(self, statement, globals, num_threads, timer=None):
+        self.statement, self.names, self.num_threads, self.timer = statement, globals, num_threads, timer
         FakeTimer.made.append(self)
 
     def blocked_autorange(self, min_run_time):
@@ -48,6 +49,32 @@ def test_all_threads_are_timed(timer, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     bench.measure_bandwidth("cpu", seconds=0.01, buffer_bytes=1 << 16)
     assert [made.num_threads for made in timer.made] == [3, 3]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts CPU seconds in steps of 16 ms")
+def test_one_thread_is_timed_in_cpu_seconds_and_several_by_the_wall(timer, monkeypatch):
+    """On a shared core the wall clock also counts the neighbours' work."""
+    for threads, clock, by in ((1, "cpu", time.process_time), (2, "wall", None)):
+        timer.made.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found = bench.measure_bandwidth("cpu", seconds=0.01, buffer_bytes=1 << 16)
+        rate = bench.measure_matmul("cpu", torch.float32, seconds=0.01, max_n=16)
+        assert found.clock == rate.clock == clock
+        assert {made.timer for made in timer.made} == {by}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts CPU seconds in steps of 16 ms")
+def test_time_in_which_the_process_waits_does_not_count(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    seconds = bench.median_seconds("sleep(0.02)", {"sleep": time.sleep}, 0.0, torch.device("cpu"))
+    assert seconds < 0.01
+
+
+def test_products_of_int8(timer, monkeypatch):
+    monkeypatch.setattr(timer, "seconds", lambda self: 1e-3)
+    rate = bench.measure_matmul("cpu", torch.int8, seconds=60.0, max_n=64)
+    assert (rate.dtype, rate.flop_per_second, rate.reason) == ("int8", 2 * 64**3 / 1e-3, None)
+    assert "_int_mm" in timer.made[0].statement
 
 
 def test_the_buffer_is_larger_than_the_cache_and_smaller_than_memory(monkeypatch):

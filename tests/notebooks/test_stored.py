@@ -1,4 +1,4 @@
-"""The chapters as they are committed. That their cells run and give the stored outputs is nbval's part."""
+"""Chapters, and pages that are notebooks, as committed. That their cells run and give the stored outputs is nbval's part."""
 
 import pathlib
 
@@ -6,8 +6,8 @@ import nb
 import pytest
 from common import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-ids = [p.relative_to(ROOT / "notebooks").as_posix() for p in NOTEBOOKS]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb")) + sorted((ROOT / "book").glob("*.ipynb"))
+ids = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
@@ -24,5 +24,6 @@ def test_outputs_are_not_stale(path: pathlib.Path):
 
 def test_every_notebook_is_in_the_contents():
     toc = (ROOT / "book/_toc.yml").read_text(encoding="utf-8")
-    missing = [p.stem for p in NOTEBOOKS if p.parent.name == "notebooks" and f"notebooks/{p.stem}\n" not in toc + "\n"]
+    pages = [p.relative_to(ROOT).with_suffix("").as_posix() for p in NOTEBOOKS if p.parent.name in ("notebooks", "book")]
+    missing = [page for page in pages if f"{page}\n" not in toc + "\n"]
     assert missing == []

@@ -123,6 +123,42 @@ def test_the_front_door_leads_in(site, open_page):
     assert page.trouble == []
 
 
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_the_front_page_leads_to_the_calculator(site, open_page, size):
+    """High on the page: on the first two screens even of a phone."""
+    page = open_page(size)
+    visit(page, f"{site.address}/book/intro.html")
+    link = page.locator("article a[href='calculator.html']").first
+    assert link.bounding_box()["y"] < 2 * page.viewport_size["height"]
+    link.click()
+    page.wait_for_url("**/book/calculator.html")
+    assert page.locator(".mm-explore[data-live=static]").count() == 2 and problems(page, "light") == []
+
+
+def test_the_calculator_without_scripts(site, browser):
+    """The tables of the starting state stay, and say what they are for."""
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{site.address}/book/calculator.html")
+    fit, fast = page.locator(".mm-explore").all()
+    assert "nemotron-3-nano-30b-a3b" in fit.inner_text() and "[GB] 12" in fit.inner_text()
+    assert "rtx-3060" in fast.inner_text() and "tokens/s" in fast.locator("td").last.inner_text()
+    assert page.locator(".mm-explore input").count() == 0
+    context.close()
+
+
+def test_links_from_outputs_lead_to_pages(site, open_page):
+    """A notebook's output links to notebooks; on the site these are pages."""
+    page = open_page()
+    visit(page, f"{site.address}/notebooks/90_predictions.html")
+    links = page.locator("article .mm-card a")
+    names = {link.get_attribute("href") for link in links.all()}
+    assert len(names) >= 6 and all((site.folder / "notebooks" / name).is_file() for name in names)
+    links.first.click()
+    page.wait_for_url(f"**/notebooks/{sorted(names)[0]}")
+    assert page.trouble == []
+
+
 def test_sliders_move_without_a_kernel(site, open_page):
     page, found = open_page(), {}
     for name in with_sliders(site):
@@ -164,7 +200,7 @@ def test_phone(site, open_page):
 def test_dark_mode(site, open_page):
     """The page is dark, and so are figures, cards and sliders on it."""
     page = open_page(scheme="dark")
-    for name in with_sliders(site)[:1]:
+    for name in with_sliders(site)[:2]:
         visit(page, f"{site.address}/{name}")
         assert problems(page, "dark") == []
         ground = page.locator(".mm-explore").first.evaluate("e => getComputedStyle(e).backgroundColor")
@@ -184,7 +220,7 @@ def test_search_finds_a_word(site, open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible_sample(site, open_page, scheme):
     page = open_page(scheme=scheme)
-    for name in ("book/intro.html", with_sliders(site)[0]):
+    for name in ("book/intro.html", "book/cards.html", *with_sliders(site)[:2]):
         visit(page, f"{site.address}/{name}")
         assert axe(page) == [], name
 

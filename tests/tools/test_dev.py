@@ -73,7 +73,12 @@ def test_chapters_by_number(monkeypatch, tmp_path):
         (tmp_path / "notebooks" / f"{name}.ipynb").touch()
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "NOTEBOOKS", tmp_path / "notebooks")
-    assert dev.chapters([]) == ["notebooks/02_attention.ipynb", "notebooks/03_state.ipynb"]
+    monkeypatch.setattr(dev, "PAGES", tmp_path / "book")
+    (tmp_path / "book").mkdir()
+    for name in ("calculator.ipynb", "intro.md"):
+        (tmp_path / "book" / name).touch()
+    assert dev.chapters([]) == ["notebooks/02_attention.ipynb", "notebooks/03_state.ipynb", "book/calculator.ipynb"]
+    assert dev.chapters(["calc"]) == dev.chapters(["book/calculator.ipynb"]) == ["book/calculator.ipynb"]
     assert dev.chapters(["03"]) == dev.chapters(["notebooks/03_state.ipynb"]) == ["notebooks/03_state.ipynb"]
     assert dev.chapters(["assignments/A1"]) == ["notebooks/assignments/A1_scan.ipynb"]
     with pytest.raises(dev.Stop, match="no chapter '07'"):

@@ -1,17 +1,21 @@
 """How fast this device reads memory and multiplies matrices: the two bounds for every other time.
 
 Peaks are measured, never looked up: a table knows neither the reader's card nor its clock, power limit and
-neighbours. Rates are medians over repeats, so a moment in which another program runs does not decide.
+neighbours. Rates are medians over repeats, so a moment in which another program runs does not decide. On one thread of
+a CPU they are taken from CPU seconds, in which the time that other programs have the core does not count (what they take
+of caches and memory does). With several threads, and on a GPU after everything launched has finished, the wall clock
+counts: on a shared machine such a rate is too low.
 """
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from ..errors import MinimoeError
@@ -22,12 +26,13 @@ MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Read bandwidth: ``bytes_per_second`` of the faster of the kernels in ``by_kernel``."""
+    """Read bandwidth: ``bytes_per_second`` of the faster of the kernels in ``by_kernel``, by ``clock`` ("cpu", "wall")."""
 
     bytes_per_second: float
     kernel: str
     buffer_bytes: int
     by_kernel: dict[str, float]
+    clock: str = "wall"
 
     @property
     def gb_per_second(self) -> float:
@@ -43,6 +48,7 @@ class MatmulRate:
     flop_per_second: float | None
     n: int | None
     reason: str | None = None
+    clock: str = "wall"
 
 
 @dataclass(frozen=True)
@@ -128,16 +134,16 @@ def measure_bandwidth(
         CUDA), at most a quarter of the free memory. A buffer that fits a cache measures the cache.
     """
     device = torch.device(device) if device is not None else default_device()
+    clock, _ = clock_of(device)
     columns = 4096
     rows = max(1, (buffer_bytes or _buffer_bytes(device)) // (4 * columns))
     matrix = torch.ones(rows, columns, device=device)  # not empty: untouched pages have no memory behind them
     vector = torch.ones(columns, device=device)
     rates = {}
     for name, statement in (("sum", "matrix.sum()"), ("matvec", "matrix @ vector")):
-        median = _median_seconds(statement, {"matrix": matrix, "vector": vector}, seconds / 2)
-        rates[name] = matrix.nbytes / median
+        rates[name] = matrix.nbytes / median_seconds(statement, {"matrix": matrix, "vector": vector}, seconds / 2, device)
     best = max(rates, key=rates.__getitem__)
-    return Bandwidth(rates[best], best, matrix.nbytes, rates)
+    return Bandwidth(rates[best], best, matrix.nbytes, rates, clock)
 
 
 def measure_matmul(
@@ -148,28 +154,31 @@ def measure_matmul(
 
     n doubles from 256 while one product of the next size still fits the budget; the best size counts, since
     small ones are dominated by the call and large ones may throttle. float32 runs at the precision that
-    ``torch.get_float32_matmul_precision()`` says ("highest" is without TF32).
+    ``torch.get_float32_matmul_precision()`` says ("highest" is without TF32). torch.int8 is multiplied by
+    ``torch._int_mm``, with sums in int32, which is what quantised weights are computed with.
 
     A dtype that the device cannot multiply comes back with ``flop_per_second=None`` and the ``reason``.
     """
     device = torch.device(device) if device is not None else default_device()
-    label = str(dtype).removeprefix("torch.")
+    label, (clock, seconds_now) = str(dtype).removeprefix("torch."), clock_of(device)
+    now = seconds_now or time.perf_counter
+    statement = "torch._int_mm(a, b)" if dtype == torch.int8 else "a @ b"
     best: tuple[float, int] | None = None
-    n, end = min(256, max_n), time.perf_counter() + seconds
+    n, end = min(256, max_n), now() + seconds
     try:
         while True:
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            median = _median_seconds("a @ b", {"a": a, "b": b}, seconds / 8)
+            median = median_seconds(statement, {"torch": torch, "a": a, "b": b}, seconds / 8, device)
             rate = 2 * n**3 / median
             best = max(best or (rate, n), (rate, n))
             # the next size costs eight times as much, and a median wants a few of them
-            if 2 * n > max_n or time.perf_counter() + 3 * 8 * median > end:
-                return MatmulRate(label, best[0], best[1])
+            if 2 * n > max_n or now() + 3 * 8 * median > end:
+                return MatmulRate(label, *best, clock=clock)
             n *= 2
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
         if best is not None:  # a larger size ran out of memory; what was measured stands
-            return MatmulRate(label, best[0], best[1])
-        return MatmulRate(label, None, None, str(error).split("\n")[0])
+            return MatmulRate(label, *best, clock=clock)
+        return MatmulRate(label, None, None, str(error).split("\n")[0], clock)
 
 
 def measure(device: str | torch.device | None = None, seconds: float = 2.0) -> DeviceReport:
@@ -182,9 +191,21 @@ def measure(device: str | torch.device | None = None, seconds: float = 2.0) -> D
     return DeviceReport(describe(device), bandwidth, matmul, time.perf_counter() - start)
 
 
-def _median_seconds(statement: str, names: dict[str, Tensor], seconds: float) -> float:
-    """Median time of a statement; Timer warms up and waits for CUDA before and after."""
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())  # its default is one thread
+def clock_of(device: torch.device) -> tuple[str, Callable[[], float] | None]:
+    """"cpu" and its clock for one thread of a CPU, else "wall" and None, which is Timer's own: it waits for CUDA.
+
+    Windows counts CPU seconds in steps of 16 ms, so there it is the wall clock too.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1 and sys.platform != "win32":
+        return "cpu", time.process_time
+    return "wall", None
+
+
+def median_seconds(statement: str, names: dict[str, Any], seconds: float, device: torch.device) -> float:
+    """Median time of a statement, by :func:`clock_of`; Timer warms up, and waits for CUDA before and after."""
+    _, clock = clock_of(device)
+    threads = torch.get_num_threads()  # Timer's default is one
+    timer = Timer(statement, globals=names, num_threads=threads, **({"timer": clock} if clock else {}))
     return timer.blocked_autorange(min_run_time=seconds).median
 
 

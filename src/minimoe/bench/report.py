@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .device import describe
-
 
 def write_result(
     path: str | os.PathLike[str], numbers: dict[str, Any], wall_s: float, card: dict[str, str | float] | None = None
@@ -19,6 +17,8 @@ def write_result(
     wall_s is the wall time of the whole experiment in seconds. card is what a page shows in the place of a reader's
     own measurement, {label: text or number} (default: the plain figures of ``numbers``). Returns the path.
     """
+    from .device import describe  # torch; to read a result takes none
+
     path = Path(path)
     record = {"experiment": path.stem, "machine": describe(), "commit": commit(), "wall_s": round(wall_s, 1)}
     record |= {"card": card} if card else {}

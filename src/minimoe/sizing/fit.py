@@ -129,7 +129,7 @@ def plan(
     ram
         bytes of host memory; None: not known, so every split is taken to fit. 4 GB of it are left to the system.
     ram_memory
-        the host memory's bandwidth, as for :func:`~minimoe.sizing.decode_ceiling`.
+        the host memory's bandwidth, as for :func:`~minimoe.sizing.roofline.decode_ceiling`.
 
     Raises
     ------

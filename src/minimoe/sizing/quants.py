@@ -1,12 +1,12 @@
 """llama.cpp's quants: what a type costs, and which tensor gets which type. Imports no torch.
 
 A quant such as Q4_K_M is not a type but a mixture: most matrices get its *base* type, some get a better one. The whole
-of it fits a table (:data:`RECIPES`) with a handful of conditions, and three rules around it:
+of it fits a table (``RECIPES``) with a handful of conditions, and three rules around it:
 
 1. Vectors, norms, routers and convolutions stay in float32 (``TensorShape.always_f32``).
 2. The head gets Q6_K, or Q8_0 where the base type's blocks do not divide its rows.
 3. Where a type's blocks do not divide a tensor's rows, a type with blocks of 32 takes its place, and where those do not
-   either, F16 (:data:`FALLBACK`). The file keeps its name: a "Q2_K" can be 4.5 bits wide.
+   either, F16 (``FALLBACK``). The file keeps its name: a "Q2_K" can be 4.5 bits wide.
 
 Matches ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` of llama.cpp's ``src/llama-quant.cpp`` (as of
 llama-cpp-python 0.3.36) for the models of the catalogue and their like; rules for Falcon, Llama-2-70B, GLM and

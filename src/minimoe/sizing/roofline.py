@@ -14,12 +14,10 @@ from ..catalog.spec import ArchitectureSpec, as_spec
 from ..config import HybridConfig
 from ..errors import MinimoeError
 from .flops import flops_per_token
-from .traffic import Traffic, expected_experts, step_traffic
+from .traffic import Traffic, step_traffic
 from .weights import WeightBytes, weight_bytes
 
-__all__ = [
-    "Ceiling", "Roof", "Traffic", "decode_ceiling", "expected_experts", "prefill_ceiling", "ridge", "step_flops", "step_traffic",
-]  # fmt: skip
+__all__ = ["Ceiling", "Memory", "Roof", "decode_ceiling", "prefill_ceiling", "ridge", "step_flops"]
 
 UBATCH = 512  # tokens of a prompt that llama.cpp reads in one pass, unless told otherwise (-ub)
 
@@ -28,7 +26,8 @@ class Memory(Protocol):
     """What knows its bandwidth: a device of the catalogue (published), or a measurement of minimoe.bench.device."""
 
     @property
-    def bytes_per_second(self) -> float: ...
+    def bytes_per_second(self) -> float:
+        """Of reading."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def ridge(flop_per_second: float, bytes_per_second: float) -> float:
 def step_flops(model: ArchitectureSpec | HybridConfig, context: int = 0, batch: int = 1, tokens: int = 1) -> float:
     """FLOPs of a step that reads ``tokens`` new tokens of each of ``batch`` sequences, after ``context`` others.
 
-    As :func:`~minimoe.sizing.flops_per_token` counts, but the head for the last token of each sequence only (the others
+    As :func:`~minimoe.sizing.flops.flops_per_token` counts, but the head for the last token of each sequence only (the others
     of a prompt need no logits, and llama.cpp computes none).
     """
     spec = as_spec(model)

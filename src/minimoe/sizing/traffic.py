@@ -74,7 +74,7 @@ def step_traffic(
     - embedding: a row a token
     - ``kv``: the ``context`` tokens that are there are read, the new ones written; a layer with a sliding window reads
       its window only
-    - ``ssm``, ``conv``: read and written, hence twice :func:`~minimoe.sizing.state_bytes`
+    - ``ssm``, ``conv``: read and written, hence twice :func:`~minimoe.sizing.memory.state_bytes`
 
     tokens=1 is a step of decoding; a prompt is read with several hundred. MTP blocks are not counted. Activations are
     not either: they are small at these sizes, and most never leave a cache.
@@ -82,7 +82,7 @@ def step_traffic(
     Parameters
     ----------
     quant
-        a name of :func:`~minimoe.sizing.weight_bytes`, or what it returned.
+        a name of :func:`~minimoe.sizing.weights.weight_bytes`, or what it returned.
     ram_blocks
         blocks whose routed experts are in the host's memory, as ``--cpu-moe`` and ``--n-cpu-moe`` put them there; the
         embedding table is then there too, because llama.cpp never moves it. None: there is one memory.

@@ -15,7 +15,7 @@ PRODUCTS = {"float32": 4, "bfloat16": 2}  # bytes of a number that enters or lea
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of one step of :class:`minimoe.train.Training`; see :func:`training_bytes`.
+    """Bytes of one step of :class:`minimoe.train.loop.Training`; see :func:`training_bytes`.
 
     saved    what autograd keeps when a forward pass ends, by kind: embedding, mamba2, attention, moe, mlp, head, mtp
     peak     the most that is there at once
@@ -50,7 +50,7 @@ def training_bytes(
     .. math:: \text{weights} + \text{moments} + \sum_{j < i} \text{saved}_j + \text{saved}_i + \text{flight}_i
         + \sum_{j > i} \text{gradients}_j
 
-    are there, where ``flight`` are gradients that are being made (see :class:`~minimoe.sizing.activations.Part`). From
+    are there, where ``flight`` are gradients that are being made (see ``activations.Part``). From
     the second of several parts on, the gradients of the one before are all there. The peak is the largest of these
     sums, or that at the end of the forward pass, or the optimizer's 16 bytes a weight.
 

@@ -107,7 +107,7 @@ def weight_bytes(
     """The tensors of ``model`` as llama.cpp's quantiser would write them with the mixture ``quant``.
 
     model       a spec or a config; no weights are needed, only shapes
-    quant       a name of :data:`minimoe.sizing.quants.QUANTS`, in any case
+    quant       a name of ``sizing.quants.QUANTS``, in any case
     mtp         True: with the multi-token-prediction blocks; "only": the sidecar file that holds them
     importance  whether an importance matrix is at hand: it changes a few types of Q4_0, Q5_0, IQ4_NL, IQ4_XS and
                 IQ3_XXS. None: only where llama.cpp refuses to go without
@@ -149,7 +149,7 @@ def _weigh(spec: ArchitectureSpec, quant: str, mtp: bool | Literal["only"], impo
 def _places(
     spec: ArchitectureSpec, tensors: tuple[TensorShape, ...], quant: str, blocks: int, importance: bool
 ) -> Iterator[tuple[TensorShape, str, Place]]:
-    """Each tensor with its role and its :class:`Place`.
+    """Each tensor with its role and its ``Place``.
 
     attn_v tensors are counted among themselves. A feed-forward tensor's number is its block's in a model with experts,
     and otherwise how many of its role came before; "of how many" is all blocks either way, so in a dense hybrid, where
