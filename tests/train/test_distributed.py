@@ -277,7 +277,7 @@ def test_a_run_that_diverges_is_told_once_and_keeps_its_weights(parallel, option
     [
         (["--batch", "5"], "batch=5: must be a multiple of 2 processes times accumulate=1"),
         (["--batch", "6", "--accumulate", "2"], "batch=6: must be a multiple of 2 processes times accumulate=2"),
-        (["--device", "cuda:7"], "--device cuda:7" if not torch.cuda.is_available() else "cuda"),
+        (["--device", "cuda:7"], "cuda:7"),
         (["--data", "/nowhere"], "no such folder"),
     ],
 )

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that the device's memory is full: CUDA's way, that of torch on a CPU, or Python's own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether ``error`` says that the device's memory is full: CUDA's way, those of torch on a CPU, or Python's own."""
+    # the second is oneDNN's, which prepares a kernel for each shape and says no more if it gets no room for it
+    of_cpu = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in of_cpu)
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
