@@ -13,11 +13,11 @@ import os
 import pathlib
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .files import write_text
 from .profiles import stated
 
 _memory: dict[str, dict[str, Any]] = {}
@@ -54,16 +54,10 @@ def _save(data: dict[str, dict[str, Any]]) -> None:
     if stated() == "ci":
         return
     target = path()
-    tmp = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as f:
-            tmp = f.name
-            json.dump(data, f, indent=1, sort_keys=True, ensure_ascii=False)
-        os.replace(tmp, target)
+        write_text(target, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False))
     except OSError as e:
-        if tmp:
-            pathlib.Path(tmp).unlink(missing_ok=True)
         raise OSError(f"cannot keep predictions in {target} ({e.strerror}); set MINIMOE_PREDICTIONS to another file") from None
 
 

@@ -10,12 +10,12 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import MinimoeError
+from ..files import write_text
 
 SCHEMA = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
@@ -93,15 +93,7 @@ def write(card: Mapping[str, Any], path: Path, force: bool = False) -> Path:
         raise CardError(f"{path} exists already; choose another name, or overwrite it with --force")
     text = json.dumps(card, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_text(path, text)
     return path
 
 

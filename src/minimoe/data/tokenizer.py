@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, trainers
 
+from ..files import write_text
 from . import bpe
 from .bpe import IGNORE_MERGES, LEAST, LONGEST, SPECIAL, TokenizerError, sound
 
@@ -120,9 +121,9 @@ class Tokenizer:
             "minimoe_pre": self.pre,
             "minimoe_fingerprint": self.fingerprint,
         }
-        _write(directory / TOKENIZER, self._fresh_engine().to_str(pretty=True) + "\n")
-        _write(directory / TEMPLATE, chat_template())
-        _write(directory / CONFIG, json.dumps(config, indent=1) + "\n")
+        write_text(directory / TOKENIZER, self._fresh_engine().to_str(pretty=True) + "\n")
+        write_text(directory / TEMPLATE, chat_template())
+        write_text(directory / CONFIG, json.dumps(config, indent=1) + "\n")
 
     def _fresh_engine(self) -> tokenizers.Tokenizer:
         return bpe.engine(self.tokens, self.merges, self.special.values(), self.pre)
@@ -262,12 +263,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise TokenizerError(f"{path}: must hold a JSON object")
     return data
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # opened, not mkstemp: with the reader's usual permissions
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
