@@ -8,7 +8,8 @@
 Each part is a process of its own (tools/gpu_parts.py) with a limit of its own: its share of the minutes that are left,
 so what one part saves the later ones get. A part that fails or runs out of time says so in one line, keeps what it had
 measured, and the next part goes on. Nothing needs to be installed: what is missing is named in the results. Torch is
-held to 11 GB, as on a 12 GB card. PART.json and summary.json: a part's numbers with machine, versions and commit.
+held to 11 GB, as on a 12 GB card. PART.json: a part's numbers with machine, versions and commit; in card.json
+result.card is a reader card (results/cards/README.md), in sweeps.json each entry's result is a file of results/.
 
 --run DIR holds the training run of the last part; another call with the same DIR goes on from where it stopped.
 """
@@ -31,13 +32,14 @@ from common import ROOT, notebook_env
 
 # Minutes of 25, in the order of how much their results would be missed.
 PARTS = {
-    "environment": (1.0, "versions, device, measured bandwidth and matmul rates"),
-    "tests": (3.0, "the tests that need CUDA"),
-    "base": (4.5, "training steps of base-12gb: tokens/s, MFU, memory, and what happens when memory runs out"),
-    "fallbacks": (3.5, "the forms that other cards take: the same gradient, and their speed; torch.compile"),
-    "benchmarks": (3.0, "beside other programs"),
-    "chapters": (5.0, "every chapter at its gpu size"),
-    "training": (5.0, "a slice of the shipped model's training"),
+    "card": (4.5, "versions, and what minimoe bench measures: the device, the shipped model in each runtime"),
+    "tests": (2.5, "the tests that need CUDA"),
+    "base": (3.5, "training steps of base-12gb: tokens/s, MFU, memory, and what happens when memory runs out"),
+    "fallbacks": (2.5, "the forms that other cards take: the same gradient, and their speed; torch.compile"),
+    "benchmarks": (2.5, "beside other programs"),
+    "sweeps": (3.0, "the experiments behind chapters that can run on a GPU"),
+    "chapters": (4.0, "every chapter at its gpu size"),
+    "training": (2.5, "a slice of the shipped model's training"),
 }
 CAP = 11e9  # bytes; a 12 GB card has 12.9e9, of which the driver and other programs keep some
 LARGEST = 2 << 20  # bytes of one result file: eight of them are 16 MiB
@@ -55,6 +57,8 @@ def child(name: str, out: pathlib.Path, args: argparse.Namespace, seconds: float
              "--seconds", f"{seconds:.0f}", "--cap", f"{args.cap:.0f}", *(["--quick"] if args.quick else [])]  # fmt: skip
     if name == "chapters" and args.chapters:
         words += ["--chapters", *args.chapters]
+    if name == "sweeps" and args.sweeps:
+        words += ["--sweeps", *args.sweeps]
     if name == "training":
         words += ["--run", str(args.run.resolve()), f"--train={args.train}"]
     return words
@@ -163,15 +167,6 @@ def write(path: pathlib.Path, record: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def summarise(args: argparse.Namespace, about: dict[str, Any], start: float) -> list[dict[str, Any]]:
-    """Write summary.json from the parts' files that there are; the parts in it."""
-    records = [read(args.out / f"{name}.json") for name in PARTS]
-    short = [{key: r[key] for key in ("part", "ok", "trouble", "seconds")} for r in records if r]
-    write(args.out / "summary.json", about | {"budget_min": args.budget, "seconds": round(time.perf_counter() - start, 1),
-                                              "parts": short})  # fmt: skip
-    return short
-
-
 def everything(args: argparse.Namespace, start: float) -> bool:
     """All parts that are wanted; whether all of them went well."""
     wanted = [name for name in PARTS if not args.only or name in args.only]
@@ -181,6 +176,7 @@ def everything(args: argparse.Namespace, start: float) -> bool:
         env = environment(args, scratch)
         about = probe(args, env, scratch) | {
             "command": shlex.join(["tools/gpu.py", *args.words]), "quick": args.quick, "cap_bytes": args.cap,
+            "budget_min": args.budget,
         }  # fmt: skip
         for number, name in enumerate(wanted):
             left = args.budget * 60 - (time.perf_counter() - start)
@@ -193,7 +189,6 @@ def everything(args: argparse.Namespace, start: float) -> bool:
             write(args.out / f"{name}.json", about | record)
             print(f"{name}: {record['trouble'] or 'ok'} ({record['seconds']:.0f} s)", flush=True)
             ok = ok and record["ok"]
-            summarise(args, about, start)
     print(f"results in {args.out}")
     return ok
 
@@ -208,6 +203,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--quick", action="store_true", help="toy sizes")
     p.add_argument("--cap", type=float, default=CAP, metavar="BYTES", help="what torch may take (default: 11e9)")
     p.add_argument("--chapters", nargs="+", metavar="NN", help="only these")
+    p.add_argument("--sweeps", nargs="+", metavar="NN", help="only these")
     p.add_argument("--run", type=pathlib.Path, default=ROOT / "_build" / "gpu-run", metavar="DIR")
     p.add_argument("--train", default="", metavar="OPTIONS", help='more options for minimoe train: --train="--steps 20000"')
     args = p.parse_args(argv)

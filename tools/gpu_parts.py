@@ -6,63 +6,15 @@ A part writes what it knows after every measurement, so being stopped costs the 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import os
 import pathlib
-import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 
 from common import ROOT
 from gpu_book import chapter, chapters, training
+from gpu_card import card, machine
 from gpu_shared import Report, Trouble, call, complain, hold_to, one_line, read_json
-
-PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "psutil", "tqdm", "jinja2", "gguf",
-    "llama-cpp-python", "bitsandbytes", "datasets", "matplotlib", "ipywidgets", "nbclient", "ipykernel", "pytest", "hypothesis",
-)  # fmt: skip
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions; None: not there."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def machine(report: Report) -> None:
-    """What every result carries. Raises MinimoeError if the device cannot be used."""
-    from minimoe.bench.device import describe, pick_device
-    from minimoe.bench.report import commit
-
-    report.put(machine=describe(pick_device(report.args.device)), versions=versions(), commit=commit())
-
-
-def environment(report: Report) -> None:
-    """What is here, and the two bounds of every other time."""
-    import torch
-    import torch.nn.functional as F
-
-    from minimoe import doctor
-    from minimoe.bench.device import measure
-
-    cuda = report.args.device != "cpu"
-    report.put(
-        missing=[name for name, version in versions().items() if version is None],
-        grouped_mm=hasattr(F, "grouped_mm"), compiler=shutil.which(os.environ.get("CC", "gcc")) is not None,
-        triton=importlib.util.find_spec("triton") is not None,
-        cuda_archs=torch.cuda.get_arch_list() if cuda else [],
-        attention={name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "cudnn")},
-    )  # fmt: skip
-    rates = measure(report.args.device, seconds=0.4 if report.args.quick else 8.0).to_dict()
-    report.put(bandwidth=rates["bandwidth"], matmul=rates["matmul"])
-    # the rules of the book's own installation: here a line that says "fix" is a fact, not an error
-    report.put(doctor=[{"level": f.level, "topic": f.topic, "text": f.text} for f in doctor.examine()])
+from gpu_sweeps import sweep, sweeps
 
 
 def tests(report: Report) -> None:
@@ -139,7 +91,7 @@ def benchmark_plan(quick: bool) -> list[tuple[str, list[str]]]:
 
 
 STEPS = {
-    f.__name__: f for f in (machine, environment, tests, base, fallbacks, benchmarks, chapters, chapter, training)
+    f.__name__: f for f in (machine, card, tests, base, fallbacks, benchmarks, sweeps, sweep, chapters, chapter, training)
 }  # fmt: skip
 
 
@@ -152,6 +104,7 @@ def main() -> int:
     p.add_argument("--cap", type=float, default=11e9)
     p.add_argument("--quick", action="store_true")
     p.add_argument("--chapters", nargs="+", default=[])
+    p.add_argument("--sweeps", nargs="+", default=[])
     p.add_argument("--run", type=pathlib.Path)
     p.add_argument("--train", default="")
     report = Report(p.parse_args())

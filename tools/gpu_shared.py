@@ -41,16 +41,21 @@ class Report:
 
 
 def call(words: list[str], limit: float) -> tuple[str | None, float]:
-    """Run a program for at most ``limit`` seconds: one line of trouble or None, and its seconds."""
+    """Run a program for at most ``limit`` seconds: one line of trouble or None, and its seconds. The last lines of a
+    program in trouble are printed."""
     start = time.monotonic()
     if limit < 1:
         return "not begun: no time left", 0.0
     try:
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s", round(limit, 1)
-    lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
-    trouble = f"exit code {done.returncode}: {lines[-1][:300] if lines else 'no output'}" if done.returncode else None
+        code, said = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, said = None, error.output or b""
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+    if code is None:
+        trouble = f"stopped after {limit:.0f} s"
+    else:
+        trouble = f"exit code {code}: {lines[-1][:300] if lines else 'no output'}" if code else None
     if trouble:
         print("\n".join(lines[-8:]), flush=True)
     return trouble, round(time.monotonic() - start, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT
 from gpu_shared import Report, Trouble, memory, one_line
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,12 +19,9 @@ from minimoe import HybridConfig, HybridLM
 from minimoe.bench.device import measure_matmul
 from minimoe.data import Tokens
 from minimoe.layers import without_grouped_mm
-from minimoe.sizing import count_parameters
+from minimoe.sizing import count_parameters, flops_per_token
 from minimoe.train import Training, TrainOptions
 from minimoe.train.precision import autocast
-
-sys.path.append(str(ROOT / "benchmarks"))
-from arithmetic import training_flops  # noqa: E402
 
 DOCUMENT = 600  # tokens; as long as a short source file
 CASES = (  # what a 12 GB card may choose between: weights and AdamW's state take 3.1 GB, a token's activations 1.8 MB
@@ -108,23 +103,14 @@ def steps(
     finally:
         training.close()
         model.zero_grad(set_to_none=True)
-    median, flops = statistics.median(seconds), step_flops(model.config, options)
+    median, length = statistics.median(seconds), options.length
+    flops = flops_per_token(model.config, length, training.with_mtp).training * options.batch * length
     return {
         "seconds": median, "spread": [min(seconds), max(seconds)], "first_two_seconds": first,
         "tokens_per_second": options.batch * options.length / median, "flops": flops,
         "mfu": flops / median / peak if peak else None, "loss": [done[0].loss, done[-1].loss],
         "notes": [step.note for step in done if step.note],
     } | memory(report.args.device)  # fmt: skip
-
-
-def step_flops(config: HybridConfig, options: TrainOptions) -> float:
-    """What the mathematics of a step needs, MTP block included, what is computed twice not."""
-    trunk = training_flops(config, options.batch, options.length)
-    if not config.num_nextn_predict_layers or not options.mtp_weight:
-        return trunk
-    block = config.replace(hybrid_override_pattern=config.mtp_hybrid_override_pattern, num_nextn_predict_layers=0)
-    join = 2 * config.hidden_size**2  # from the trunk's state and the token's embedding to one vector
-    return trunk + training_flops(block, options.batch, options.length) + 6 * join * options.batch * options.length
 
 
 def too_large(model: HybridLM, tokens: Tokens) -> dict[str, Any]:
