@@ -49,6 +49,7 @@ def chapter(report: Report) -> None:
     book = pathlib.Path(report.args.chapters[0])
     cells = [cell for cell in json.loads(book.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     main_module = sys.modules["__main__"] = types.ModuleType("__main__")
+    main_module.__dict__["display"] = show  # a kernel has it built in
     os.chdir(book.parent)
     for number, cell in enumerate(cells, 1):
         try:
@@ -66,7 +67,12 @@ def run_cell(source: str, name: str, names: dict[str, Any]) -> None:
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, name, "exec"), names)
     if last is not None:
-        value = eval(compile(ast.Expression(last.value), name, "eval"), names)
+        show(eval(compile(ast.Expression(last.value), name, "eval"), names))
+
+
+def show(*values: Any) -> None:
+    """Make what a notebook would show, and drop it."""
+    for value in values:
         if value is not None:
             html = getattr(value, "_repr_html_", None)
             (html or value.__repr__)()

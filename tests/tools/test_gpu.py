@@ -284,6 +284,16 @@ def test_cells_run_as_in_a_kernel():
     assert names["text"] == "def f():\n    return 7\n"
 
 
+def test_a_chapter_may_show_several_things_in_a_cell(tmp_path):
+    book = tmp_path / "book.ipynb"
+    cell = {"cell_type": "code", "metadata": {}, "source": ["for x in (1, None): display(x)\n", "display()"]}
+    book.write_text(json.dumps({"cells": [cell]}))
+    out = tmp_path / "out.json"
+    words = [sys.executable, ROOT / "tools" / "gpu_parts.py", "chapter", "--out", out, "--device", "cpu", "--chapters", book]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(out.read_text())["cells"] == 1, done.stderr
+
+
 @pytest.mark.slow
 def test_every_part_in_one_run(tmp_path):
     done = call("--out", tmp_path / "out", "--run", tmp_path / "run", "--budget", "25")
