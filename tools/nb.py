@@ -137,6 +137,9 @@ def run_one(path: str, profile: str, timeout: int, keep_volatile: bool) -> tuple
     """Execute one notebook in place. Nothing is written unless every cell ran."""
     file = pathlib.Path(path)
     nb = nbformat.read(file, 4)
+    for c in nb.cells:
+        if c.cell_type == "code":
+            c.execution_count = None  # so that an error can be placed by what has run this time
     start = time.perf_counter()
     client = NotebookClient(
         nb, timeout=timeout, kernel_name="python3", skip_cells_with_tag="nbval-skip",

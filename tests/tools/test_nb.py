@@ -150,7 +150,9 @@ def test_running_twice_gives_the_same_bytes(tmp_path):
 
 def test_a_failing_cell_leaves_the_file_alone(tmp_path, capsys):
     path = tmp_path / "x.ipynb"
-    nb.write(notebook(("1", {}, []), ("raise ValueError('so')", {}, [])), path)
+    stored = notebook(("1", {}, []), ("raise ValueError('so')", {}, []), ("2", {}, []))
+    stored.cells[-1].execution_count = 3  # of an earlier run
+    nb.write(stored, path)
     before = path.read_bytes()
     assert nb.main(["run", str(path), "--jobs", "1"]) == 1
     assert "code cell 2: ValueError: so" in capsys.readouterr().err
