@@ -51,8 +51,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _as_it_was():
     """Runners of torch change settings of their whole process, which elsewhere is a child."""
-    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(grad)
+    assert torch.is_grad_enabled()  # or every test after it would train nothing
     torch.set_flush_denormal(False)

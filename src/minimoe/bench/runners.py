@@ -54,10 +54,9 @@ class TorchRunner:
 
     def __init__(self, device: str, threads: int) -> None:
         self.device, self.notes = torch.device(device), {}
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":  # for the whole process: a runner has one of its own
             torch.set_num_threads(threads)
             torch.set_flush_denormal(True)  # long decays produce them, and they cost up to three times the time
-        torch.set_grad_enabled(False)
         self.generator = torch.Generator().manual_seed(SEED)
         self.vocabulary = 0
         self.batch = 1
