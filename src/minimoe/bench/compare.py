@@ -6,6 +6,7 @@ from typing import Any
 
 from .cards import read_rate
 from .table import columns, label, value
+from .variants import plural
 
 KEY = ("model", "format", "runtime", "threads", "gpu_layers", "cpu_moe", "test", "depth", "batch")
 SETTINGS = ("tasks", "depths", "batches", "rounds", "repeats", "quick", "threads_wait")
@@ -56,7 +57,7 @@ def text(comparison: Mapping[str, Any]) -> str:
     lines += _table([["device", *cards], *rows])
     last = None
     for row in comparison["rows"]:
-        variant = f"{row['model']} {row['format']}, {row['runtime']}, {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+        variant = f"{row['model']} {row['format']}, {row['runtime']}, {plural(row['threads'], 'thread')}"
         if variant != last:
             block = [r for r in comparison["rows"] if _same(r, row)]
             lines += ["", variant, *_table([["", *cards], *([label(r), *(_show(c, r["unit"]) for c in r["cells"])] for r in block)])]

@@ -19,7 +19,7 @@ def peaks(device: str) -> dict[str, Any]:
     memory_cuda_reserved   the most that torch took from the card, which is what another program misses
     memory_gpu_process     what the driver counts for this process at the moment, context and libraries included
     """
-    found: dict[str, Any] = {"memory_resident": _resident_peak() or "this system does not tell"}
+    found: dict[str, Any] = {"memory_resident": resident_peak() or "this system does not tell"}
     if device.startswith("cuda"):
         found |= _cuda(device) | {"memory_gpu_process": _by_driver()}
     return found
@@ -49,7 +49,8 @@ def _by_driver() -> int | str:
     return sum(mebibytes) << 20 if mebibytes else "nvidia-smi does not list this process"
 
 
-def _resident_peak() -> int | None:
+def resident_peak() -> int | None:
+    """Bytes of the most physical memory that this process has had; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux: getrusage would count what the parent was before this program began
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M)

@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .variants import plural
+
 BUSY = 0.9  # share of the wall time below which somebody else had the core
 _OF = {"memory": "bandwidth", "ram": "host's bandwidth", "compute": "products"}
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "int8"}
@@ -14,7 +16,7 @@ def text(card: Mapping[str, Any]) -> str:
     machine = card["machine"]
     lines = [f"{machine['device_name'] or machine['device']}, {card['date']}", *_device(card)]
     for (model, format_, runtime, threads), rows in _variants(card["rows"]).items():
-        lines += ["", f"{model} {format_}, {runtime}, {'1 thread' if threads == 1 else f'{threads} threads'}"]
+        lines += ["", f"{model} {format_}, {runtime}, {plural(threads, 'thread')}"]
         lines += columns([["", "median", "p10", "p90", "n", "ceiling", "share"], *map(_row, rows)])
         lines += [*_remarks(rows, "note"), *_remarks(rows, "no_ceiling")]
     busy = [row["busy"] for row in card["rows"] if "busy" in row]
@@ -59,7 +61,7 @@ def value(number: float, unit: str) -> str:
 
 def _device(card: Mapping[str, Any]) -> list[str]:
     found = card["cpu_threads"] if card["machine"]["device"] == "cpu" else {}
-    parts = {f"{number} thread{'' if number == '1' else 's'}": rates for number, rates in found.items()} or {"": card}
+    parts = {plural(int(number), 'thread'): rates for number, rates in found.items()} or {"": card}
     if not found and card["cpu_threads"]:
         parts["host's CPU"] = list(card["cpu_threads"].values())[-1]
     names: list[str] = list(dict.fromkeys(dtype for rates in parts.values() for dtype in rates["matmul"]))

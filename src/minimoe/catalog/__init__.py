@@ -17,7 +17,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +25,7 @@ from . import own
 from .gguf_files import GGUFFile, files
 from .hardware import Device, HostMemory, UnknownDevice, device, devices, host_memories, host_memory
 from .own import CatalogError
+from .shipped import shipped
 from .spec import (
     MLP,
     MTP,
@@ -100,10 +100,10 @@ def _published_model(name: str) -> CatalogEntry:
     item = _index()[name]
     config = None
     if "config" in item:
-        config = HybridConfig.from_dict(_read(item["config"]) | item.get("changes", {}))
+        config = HybridConfig.from_dict(shipped(item["config"]) | item.get("changes", {}))
         spec = spec_from_config(config, name)
     else:
-        spec = spec_from_dict(name, _read(item["spec"]))
+        spec = spec_from_dict(name, shipped(item["spec"]))
     published = {key: Published(**figure) for key, figure in item["published"].items()}
     return CatalogEntry(name, spec, config, MappingProxyType(published), item["source"])
 
@@ -132,10 +132,5 @@ def _own_model(name: str, item: object) -> CatalogEntry:
     return CatalogEntry(name, spec, config, MappingProxyType(figures), item["source"])
 
 
-@cache
 def _index() -> dict[str, Any]:
-    return _read("models.json")
-
-
-def _read(file: str) -> Any:
-    return json.loads(resources.files(__name__).joinpath(file).read_text(encoding="utf-8"))
+    return shipped("models.json")

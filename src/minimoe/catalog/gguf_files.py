@@ -10,11 +10,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 from . import own
+from .shipped import shipped
 
 RECIPES = ("default", "imatrix", "UD", "custom")
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -61,7 +60,8 @@ def files(model_name: str | None = None) -> tuple[GGUFFile, ...]:
     CatalogError
         an entry of the reader's own file cannot be used.
     """
-    found = [_entry(item, f"files.json: files[{n}]", _published()["sources"]) for n, item in enumerate(_published()["files"])]
+    data = shipped("files.json")
+    found = [_entry(item, f"files.json: files[{n}]", data["sources"]) for n, item in enumerate(data["files"])]
     mine, sources = own.section("files"), own.section("sources")
     found += [_entry(item, f"{own.own_file()}: files[{n}]", sources) for n, item in enumerate(mine)]
     return tuple(file for file in found if model_name in (None, file.model))
@@ -91,9 +91,3 @@ def _entry(item: object, where: str, sources: Mapping[str, str]) -> GGUFFile:
         raise own.CatalogError(f"{where}: printed: {error}") from None
     source = sources.get(item["source"], item["source"])
     return GGUFFile(**{"nearest": item["quant"], **item, "source": source})
-
-
-@cache
-def _published() -> dict[str, Any]:
-    text = resources.files(__package__).joinpath("files.json").read_text(encoding="utf-8")
-    return json.loads(text)

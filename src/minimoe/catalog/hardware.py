@@ -8,16 +8,14 @@ measured on the reader's own device (``minimoe bench``) always says more. Import
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any
 
 from ..config import ConfigError
 from . import own
+from .shipped import shipped
 
 GIB = 1 << 30
 
@@ -142,7 +140,7 @@ def _memories() -> dict[str, tuple[Any, str, Mapping[str, str]]]:
 
 def _entries(kind: str) -> dict[str, tuple[Any, str, Mapping[str, str]]]:
     """Name -> what the file says, which file and key that is, and its sources; a reader's own entry wins."""
-    data = _published()
+    data = shipped("devices.json")
     entries = {name: (item, f"devices.json: {kind}.{name}", data["sources"]) for name, item in data[kind].items()}
     sources = own.section("sources")
     if odd := [name for name, text in sources.items() if not isinstance(text, str)]:
@@ -150,9 +148,3 @@ def _entries(kind: str) -> dict[str, tuple[Any, str, Mapping[str, str]]]:
     for name, item in own.section(kind).items():
         entries[name] = (item, f"{own.own_file()}: {kind}.{name}", sources)
     return entries
-
-
-@cache
-def _published() -> dict[str, Any]:
-    text = resources.files(__package__).joinpath("devices.json").read_text(encoding="utf-8")
-    return json.loads(text)

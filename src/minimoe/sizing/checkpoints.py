@@ -12,16 +12,14 @@ biases, which are float32 in every release. Nemotron's MTP blocks are in the fil
 """
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from types import MappingProxyType
 
 from ..catalog import model as catalog_model
 from ..catalog.gguf_files import read_size
+from ..catalog.shipped import shipped
 from .tensors import TensorShape, gguf_tensors
 
 SCALES = 8  # bytes of two float32 numbers: a matrix's own scale, and that of its input
@@ -82,7 +80,7 @@ def checkpoint_recipes(model_name: str) -> tuple[Checkpoint, ...]:
     """The mixed-precision recipes that are known of a catalogue model; raises UnknownModel."""
     name = catalog_model(model_name).name
     found = []
-    for item in _data().get(name, ()):
+    for item in shipped("checkpoints.json").get(name, ()):
         rules = tuple(
             Rule(rule["format"], tuple(rule["tensors"]), tuple(rule["blocks"]) if "blocks" in rule else None)
             for rule in item["rules"]
@@ -132,9 +130,3 @@ def _bytes(kind: str, tensor: TensorShape) -> int:
     return {
         "NVFP4": n // 2 + n // 16 + SCALES * matrices, "FP8": n + SCALES * matrices, "BF16": 2 * n, "F32": 4 * n,
     }[kind]  # fmt: skip
-
-
-@cache
-def _data() -> dict[str, list[dict]]:
-    text = resources.files("minimoe.catalog").joinpath("checkpoints.json").read_text(encoding="utf-8")
-    return json.loads(text)

@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import deque
-from pathlib import Path
 
 import torch
 
 from ..bench.device import MatmulRate, measure_matmul
+from ..bench.footprint import resident_peak
 from ..sizing import flops_per_token
 from .loop import Training
 from .options import Step, TrainError
@@ -92,21 +91,4 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     if device.type == "cuda":
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device),
                 "peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}  # fmt: skip
-    return {"peak_memory_bytes": _peak_resident_bytes()}
-
-
-def _peak_resident_bytes() -> int | None:
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count what the parent was before this program began
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return None
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(most) if sys.platform == "darwin" else int(most) * 1024  # bytes there, kilobytes elsewhere
+    return {"peak_memory_bytes": resident_peak()}
